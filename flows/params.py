@@ -1,0 +1,101 @@
+"""`params.yaml`, typed: the parameters of the pipeline and of the online flow, validated before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infra.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PolicyParams(_Section):
+    preset: str = "state"
+    horizon: int = Field(5, ge=1)
+
+
+class DemonstrationParams(_Section):
+    per_task: int = Field(gt=0)
+    noise: float = Field(0.15, ge=0)
+
+
+class SftParams(_Section):
+    updates: int = Field(gt=0)
+    early: int = Field(gt=0, description="updates after which the early checkpoint is kept")
+
+
+class RolloutParams(_Section):
+    per_task: int = Field(gt=0)
+    early_share: float = Field(0.33, ge=0, le=1)
+
+
+class PlayParams(_Section):
+    per_task: int = Field(ge=0)
+
+
+class FaultParams(_Section):
+    planted: int = Field(0, ge=0)
+
+
+class OfflineParams(_Section):
+    updates: int = Field(gt=0)
+    learner: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's LearnerConfig")
+
+
+class EvaluateParams(_Section):
+    episodes: int = Field(gt=0)
+    seed: int = 1_000_000
+
+
+class OnlineParams(_Section):
+    robots: int = Field(4, gt=0)
+    pace: float = Field(1.0, gt=0)
+    operator: float = Field(0.5, ge=0, le=1)
+    updates: int = Field(gt=0)
+    updates_per_episode: float = Field(gt=0)
+    publish_every: int = Field(50, gt=0)
+    tau_base: float = Field(0.9, gt=0, lt=1)
+    learner: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's LearnerConfig")
+
+
+class Params(_Section):
+    """All of `params.yaml`; see the comments there."""
+
+    seed: int = 0
+    tasks: tuple[str, ...] = Field(min_length=1)
+    workers: int = Field(2, gt=0)
+    policy: PolicyParams = PolicyParams()
+    demonstrations: DemonstrationParams
+    sft: SftParams
+    rollouts: RolloutParams
+    play: PlayParams
+    faults: FaultParams = FaultParams()
+    offline: OfflineParams
+    evaluate: EvaluateParams
+    online: OnlineParams
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate a parameter file.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a parameter is unknown, missing or out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} not found", "run from the repository's root, or pass --params") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}", "correct the file at the line named") from error
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {where}: {first['msg']}", f"correct {where!r} in {path}") from error

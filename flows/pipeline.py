@@ -1,0 +1,54 @@
+"""The stages of `dvc.yaml`, run through DVC's own API: `dvc repro` and the Prefect flow cannot drift apart."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from infra.errors import ConfigError, LwdError
+
+
+def stages(root: Path = Path(".")) -> list[str]:
+    """Names of the pipeline's stages, in the order in which they depend on each other.
+
+    Raises:
+        ConfigError: `root` is no DVC repository or its `dvc.yaml` is not valid.
+    """
+    import networkx
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            graph = repo.index.graph
+            order = networkx.lexicographical_topological_sort(graph.reverse(), key=lambda stage: stage.addressing)
+            return [stage.addressing for stage in order]
+    except DvcException as error:
+        raise ConfigError(
+            f"{root}/dvc.yaml: {error}", "run from the repository's root; `dvc repro` says more"
+        ) from error
+
+
+def run(stage: str, root: Path = Path(".")) -> bool:
+    """Reproduce one stage; True where it ran, False where its inputs had not changed.
+
+    Raises:
+        LwdError: the stage failed, or another DVC process holds the lock.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    # The stage's command is `python -m …`: it must be this environment's Python.
+    here = str(Path(sys.executable).parent)
+    if os.environ["PATH"].split(os.pathsep)[0] != here:
+        os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
+    try:
+        with Repo(str(root)) as repo:
+            return bool(repo.reproduce(targets=[stage], single_item=True))
+    except DvcException as error:
+        cause = error.__cause__ or error
+        raise LwdError(
+            f"stage {stage!r} failed: {cause}",
+            f"its own message is above; `dvc repro {stage}` runs it again, and a lock means that another DVC runs",
+        ) from error

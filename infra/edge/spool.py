@@ -1,0 +1,267 @@
+"""The robot's spool: episodes on its own disk until the server has confirmed the snapshot that holds them.
+
+Layout of one robot's folder (one owner at a time, held by a file lock):
+
+    open/<id>.log             the episode being recorded: length- and CRC-framed records, appended frame by frame
+    closed/<id>.<sha256>.tar  a finished episode as the bytes that will be uploaded (infra.episode.encode)
+    aside/                    files found damaged or refused as a conflict: never sent again, kept for a person
+    journal.jsonl             what was discarded or set aside, and why
+
+A killed robot leaves at most one unfinished log. At the next start a log that ends in a close record is sealed into
+its tar; one that does not is discarded with the reason in the journal, because an attempt whose end nobody saw
+has no outcome to learn from.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.edge.framelog import EpisodeEnd, EpisodeStart, Frame, begin_record, close_record, frame_record, read_log
+from infra.episode import EPISODE_ID, Episode, encode
+from infra.errors import ConfigError, ConflictError, CorruptDataError, StorageFullError
+from infra.files import write_durably
+
+@dataclass(frozen=True)
+class ClosedEpisode:
+    """A finished episode waiting in the spool."""
+
+    episode_id: str
+    sha256: str
+    size: int
+    path: Path
+
+
+class Spool:
+    """A bounded, fsynced spool for one robot.
+
+    Args:
+        root: the robot's folder; created when missing.
+        max_bytes: bytes the whole folder may take, sealing included.
+        fsync_s: frames reach the disk at least this often, seconds; closing an episode always fsyncs.
+
+    Raises:
+        ConflictError: another process owns this spool.
+    """
+
+    def __init__(self, root: Path, *, max_bytes: int, fsync_s: float = 0.5) -> None:
+        self.root = Path(root)
+        self.max_bytes = max_bytes
+        self.fsync_s = fsync_s
+        self._open_dir, self._closed_dir, self._aside_dir = (self.root / n for n in ("open", "closed", "aside"))
+        for folder in (self._open_dir, self._closed_dir, self._aside_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise ConflictError(
+                f"spool {self.root} belongs to another running process",
+                "stop that robot, or give this one its own name",
+            ) from error
+        self._fd: int | None = None
+        self._start: EpisodeStart | None = None
+        self._log_bytes = 0
+        self._synced = 0.0
+        self.recovered = self._recover()
+
+    # Recording
+
+    def begin(self, start: EpisodeStart) -> None:
+        """Open the log of a new episode.
+
+        Raises:
+            ConfigError: the id is malformed, or an episode is open already.
+            StorageFullError: no room; episodes that are closed stay and can still be sent.
+        """
+        if not EPISODE_ID.match(start.episode_id):
+            raise ConfigError(
+                f"episode id {start.episode_id!r} is not 32 lower-case hex digits", "use infra.episode.new_episode_id()"
+            )
+        if self._start is not None:
+            raise ConfigError(f"episode {self._start.episode_id} is still open", "close or discard it first")
+        self._require(4096)
+        with self._full_disk():
+            self._fd = os.open(self._log(start.episode_id), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            self._start, self._log_bytes = start, 0
+            self._append(_BEGIN, json.dumps(vars(start), allow_nan=False).encode())
+            self._fsync()
+
+    def append(self, frame: Frame) -> None:
+        """Append one frame. Survives SIGKILL at once, and a power cut once `fsync_s` has passed.
+
+        Raises:
+            StorageFullError: no room; call `discard`, the closed episodes are untouched.
+        """
+        observation = np.ascontiguousarray(frame.observation, dtype="<f4")
+        action = np.ascontiguousarray(frame.action, dtype="<f4")
+        step = _STEP.pack(frame.timestamp, frame.reward, frame.intervention)
+        payload = struct.pack("<H", observation.size) + step + observation.tobytes() + action.tobytes()
+        # The sealed tar is written beside the log before the log goes: room for both, or stop now.
+        self._require(self._log_bytes + 2 * len(payload) + 16384)
+        with self._full_disk():
+            self._append(_FRAME, payload)
+            if time.monotonic() - self._synced >= self.fsync_s:
+                self._fsync()
+
+    def close(self, end: EpisodeEnd) -> ClosedEpisode:
+        """Finish the open episode: close record, fsync, seal into its tar.
+
+        Raises:
+            StorageFullError: no room to seal; the log stays and is sealed when the spool is opened again.
+        """
+        assert self._fd is not None and self._start is not None, "no episode is open"
+        document = {
+            "observation": np.asarray(end.observation, dtype="<f4").tobytes().hex(),
+            "timestamp": end.timestamp,
+            "outcome": end.outcome,
+            "substep_scores": list(end.substep_scores),
+            "extra": end.extra,
+        }
+        with self._full_disk():
+            self._append(_CLOSE, json.dumps(document, allow_nan=False).encode())
+            self._fsync()
+        log = self._log(self._start.episode_id)
+        self._release()
+        return self._seal(log, read_log(log))
+
+    def discard(self, reason: str) -> None:
+        """Drop the open episode, if any, and say why in the journal."""
+        if self._start is None:
+            return
+        episode_id = self._start.episode_id
+        self._release()
+        self._drop_log(self._log(episode_id), reason)
+
+    # Emptying
+
+    def pending(self) -> list[ClosedEpisode]:
+        """The closed episodes, oldest first."""
+        found = []
+        for path in self._closed_dir.glob("*.tar"):
+            episode_id, sha256, _ = path.name.split(".")
+            stat = path.stat()
+            found.append((stat.st_mtime_ns, ClosedEpisode(episode_id, sha256, stat.st_size, path)))
+        return [closed for _, closed in sorted(found, key=lambda pair: (pair[0], pair[1].episode_id))]
+
+    def read(self, closed: ClosedEpisode) -> bytes:
+        """The bytes to upload.
+
+        Raises:
+            CorruptDataError: they rotted on this disk; the file was set aside and is not sent.
+        """
+        data = closed.path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != closed.sha256:
+            self.set_aside(closed, "bytes differ from their digest: the disk or a person changed them")
+            raise CorruptDataError(
+                f"spooled episode {closed.episode_id} differs from its digest", f"look at it in {self._aside_dir}"
+            )
+        return data
+
+    def confirm(self, closed: ClosedEpisode) -> None:
+        """Delete an episode that the server holds in a snapshot or in quarantine. Only then."""
+        closed.path.unlink(missing_ok=True)
+
+    def set_aside(self, closed: ClosedEpisode, reason: str) -> None:
+        """Keep an episode that can never be sent, and say why in the journal."""
+        os.replace(closed.path, self._aside_dir / closed.path.name)
+        self._journal("set aside", closed.episode_id, reason)
+
+    def used_bytes(self) -> int:
+        """Bytes in the spool's folder."""
+        total = 0
+        for folder in (self._open_dir, self._closed_dir, self._aside_dir):
+            for entry in os.scandir(folder):
+                try:
+                    total += entry.stat().st_size
+                except FileNotFoundError:  # confirmed by the sync thread meanwhile
+                    continue
+        return total
+
+    def release(self) -> None:
+        """Give the spool up: an open episode stays as its log; another process may open it."""
+        self._release()
+        os.close(self._lock)
+
+    # Recovery and plumbing
+
+    def _recover(self) -> list[ClosedEpisode]:
+        for leftover in self._closed_dir.glob("*.tmp"):
+            leftover.unlink()
+        sealed = []
+        for log in sorted(self._open_dir.glob("*.log")):
+            try:
+                sealed.append(self._seal(log, read_log(log)))
+            except CorruptDataError as error:
+                self._drop_log(log, error.problem)
+        return sealed
+
+    def _seal(self, log: Path, episode: Episode) -> ClosedEpisode:
+        data = encode(episode)
+        sha256 = hashlib.sha256(data).hexdigest()
+        target = self._closed_dir / f"{episode.episode_id}.{sha256}.tar"
+        with self._full_disk():
+            write_durably(target, data)
+        log.unlink()
+        return ClosedEpisode(episode.episode_id, sha256, len(data), target)
+
+    def _log(self, episode_id: str) -> Path:
+        return self._open_dir / f"{episode_id}.log"
+
+    def _append(self, kind: bytes, payload: bytes) -> None:
+        assert self._fd is not None, "no episode is open"
+        record = _HEAD.pack(len(payload), zlib.crc32(kind + payload), kind) + payload
+        if os.write(self._fd, record) != len(record):
+            raise OSError(errno.ENOSPC, "short write")
+        self._log_bytes += len(record)
+
+    def _fsync(self) -> None:
+        assert self._fd is not None
+        os.fdatasync(self._fd)
+        self._synced = time.monotonic()
+
+    def _release(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd, self._start, self._log_bytes = None, None, 0
+
+    def _require(self, more: int) -> None:
+        used = self.used_bytes()
+        if used + more > self.max_bytes:
+            raise StorageFullError(
+                f"spool {self.root} holds {used} of at most {self.max_bytes} bytes",
+                "let the robot reach the ingest service to empty it, or raise LWD_SPOOL_MAX_MIB",
+            )
+
+    @contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StorageFullError(
+                f"no space left under {self.root}", "free disk space and restart the robot"
+            ) from error
+
+    def _drop_log(self, log: Path, reason: str) -> None:
+        self._journal("discarded", log.stem, reason)
+        log.unlink(missing_ok=True)
+
+    def _journal(self, event: str, episode_id: str, reason: str) -> None:
+        line = {"event": event, "episode_id": episode_id, "reason": reason, "at": time.time()}
+        with (self.root / "journal.jsonl").open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+

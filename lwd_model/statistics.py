@@ -115,6 +115,7 @@ def betting_evidence(
     alpha: float,
     planned: int,
     bounds: tuple[float, float] = (-1.0, 1.0),
+    aim: bool = True,
 ) -> Array:
     """Evidence against "the mean is at most `null`" after each round: the gambler's wealth so far.
 
@@ -134,6 +135,8 @@ def betting_evidence(
         alpha: level at which the wealth will be judged; it shapes the stakes only.
         planned: rounds at which most of the power is wanted.
         bounds: smallest and largest possible value.
+        aim: False bets all the capital with the fixed stake and never stops: less power at the plan, but the wealth
+            goes on following the mean after the target was reached.
 
     Returns:
         (..., R) wealth after each round. Reject once its running maximum reaches 1/alpha.
@@ -162,6 +165,8 @@ def betting_evidence(
     total, squares, count = np.zeros(lead), np.zeros(lead), 0
     aiming, reserve = np.ones(lead), np.ones(lead)
     target = 1.0 / alpha
+    kept = _RESERVE if aim else 1.0
+    caution = 0.6 if aim else 1.0  # the reserve is for a longer run: smaller stakes
     wealth = np.empty((*lead, rounds))
     end = planned
     for r in range(rounds):
@@ -172,26 +177,15 @@ def betting_evidence(
         wanted = np.maximum((target - _RESERVE * reserve) / (1 - _RESERVE), 1e-12)
         shortfall = np.log(np.maximum(wanted / aiming, 1.0))  # 0 once the target is reached: stop betting
         stake = np.minimum(np.sqrt(2 * shortfall / (variance * (end - r) * tasks)), cap)
-        steady = np.minimum(0.6 * np.sqrt(2 * np.log(target) / (variance * planned * tasks)), cap)
+        steady = np.minimum(caution * np.sqrt(2 * np.log(target) / (variance * planned * tasks)), cap)
         gain = x[..., r, :] - mean0[..., None]
         aiming = aiming * np.prod(1 + stake[..., None] * gain, axis=-1)
         reserve = reserve * np.prod(1 + steady[..., None] * gain, axis=-1)
-        wealth[..., r] = (1 - _RESERVE) * aiming + _RESERVE * reserve
+        wealth[..., r] = (1 - kept) * aiming + kept * reserve
         # Centred on the middle of the range so that the variance is computed without cancellation.
         centred = x[..., r, :] - (low + high) / 2
         total, squares, count = total + centred.sum(-1), squares + (centred**2).sum(-1), count + tasks
     return wealth
-
-
-def e_value(values: npt.ArrayLike, null: float, **options: object) -> float:
-    """Largest wealth so far against "the mean is at most `null`"; 1 without data. See `betting_evidence`.
-
-    min(1, 1/e_value) is an anytime-valid p-value.
-    """
-    x = np.asarray(values, dtype=np.float64)
-    if x.shape[-2] == 0:
-        return 1.0
-    return float(max(1.0, np.max(betting_evidence(x, null, **options))))  # type: ignore[arg-type]
 
 
 def confidence_sequence(
@@ -202,9 +196,10 @@ def confidence_sequence(
     bounds: tuple[float, float] = (-1.0, 1.0),
     grid: int = 401,
 ) -> Interval:
-    """Anytime-valid interval of the task-averaged mean: all means that the betting has not rejected so far.
+    """Anytime-valid interval of the task-averaged mean: all means that the betting does not refute.
 
-    It holds at all times at once with probability `level`: look as often as you like. Each side spends half.
+    It holds at all times at once with probability `level`: look as often as you like. Each side spends half. It bets
+    without aiming, so that it follows the mean; `betting_evidence` against one null decides earlier than this does.
 
     Args:
         values: (R, K) values, K tasks a round; for a Bernoulli rate use K = 1 and bounds (0, 1).
@@ -220,17 +215,15 @@ def confidence_sequence(
         return Interval((low + high) / 2, low, high)
     alpha = (1 - level) / 2
     nulls = np.linspace(low, high, grid)
-    above = betting_evidence(x, nulls, alpha=alpha, planned=planned, bounds=bounds).max(axis=-1)
-    below = betting_evidence(-x, -nulls, alpha=alpha, planned=planned, bounds=(-high, -low)).max(axis=-1)
+    above = betting_evidence(x, nulls, alpha=alpha, planned=planned, bounds=bounds, aim=False)[..., -1]
+    below = betting_evidence(-x, -nulls, alpha=alpha, planned=planned, bounds=(-high, -low), aim=False)[..., -1]
     mean = float(x.mean())
     step = (high - low) / (grid - 1)
-    refuted_low = nulls[(above >= 1 / alpha) & (nulls < mean)]
-    refuted_high = nulls[(below >= 1 / alpha) & (nulls > mean)]
-    # The nearest refuted mean on either side, unless a mean further out survived: then that one.
+    # The interval spans the means whose own bets do not refute them now, one grid step outwards.
     left = nulls[(above < 1 / alpha) & (nulls <= mean)]
     right = nulls[(below < 1 / alpha) & (nulls >= mean)]
-    lower = max(low, float(left.min()) - step) if left.size else float(refuted_low.max(initial=low))
-    upper = min(high, float(right.max()) + step) if right.size else float(refuted_high.min(initial=high))
+    lower = max(low, float(left.min(initial=mean)) - step)
+    upper = min(high, float(right.max(initial=mean)) + step)
     return Interval(mean, min(mean, lower), max(mean, upper))
 
 

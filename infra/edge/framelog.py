@@ -24,6 +24,7 @@ _HEAD = struct.Struct("<IIc")  # payload bytes, crc32 of kind and payload, kind
 _STEP = struct.Struct("<Hdf?")  # observation entries, timestamp, reward, intervention
 _BEGIN, _FRAME, _CLOSE = b"B", b"F", b"C"
 _MAX_RECORD = 16 * 2**20
+_FIX = "nothing to do: this attempt is discarded, earlier episodes are intact"
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,28 @@ def read_log(log: Path) -> Episode:
         CorruptDataError: a record is torn or damaged, or there is no close record: the robot died in the middle.
     """
     records = list(_records(log))
-    fix = "nothing to do: the attempt is discarded, earlier episodes are intact"
     if not records or records[0][0] != _BEGIN:
-        raise CorruptDataError(f"{log.name} has no beginning", fix)
+        raise CorruptDataError(f"{log.name} has no beginning", _FIX)
     if records[-1][0] != _CLOSE:
-        raise CorruptDataError(f"{log.name} was never closed: {len(records) - 1} whole frames, no outcome", fix)
-    start = json.loads(records[0][1])
-    end = json.loads(records[-1][1])
+        raise CorruptDataError(f"{log.name} was never closed: {len(records) - 1} whole frames, no outcome", _FIX)
+    if len(records) == 2:
+        raise CorruptDataError(f"{log.name} was closed without a single frame", _FIX)
+    try:
+        return _assemble(
+            json.loads(records[0][1]), [payload for _, payload in records[1:-1]], json.loads(records[-1][1])
+        )
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise CorruptDataError(f"{log.name}: its frames do not make an episode ({error})", _FIX) from error
+
+
+def _assemble(start: dict[str, Any], frames: list[bytes], end: dict[str, Any]) -> Episode:
     observations, actions, steps = [], [], []
-    for _, payload in records[1:-1]:
+    for payload in frames:
         dims, *step = _STEP.unpack_from(payload)
         steps.append(step)
         values = np.frombuffer(payload, dtype="<f4", offset=_STEP.size)
         observations.append(values[:dims])
         actions.append(values[dims:])
-    if not steps:
-        raise CorruptDataError(f"{log.name} was closed without a single frame", fix)
     observations.append(np.frombuffer(bytes.fromhex(end["observation"]), dtype="<f4"))
     return Episode(
         **start,
@@ -129,11 +136,11 @@ def _records(log: Path) -> Iterator[tuple[bytes, bytes]]:
     at = 0
     while at < len(data):
         if len(data) - at < _HEAD.size:
-            raise CorruptDataError(f"{log.name}: torn record at byte {at}", "discard it; earlier episodes are intact")
+            raise CorruptDataError(f"{log.name}: torn record at byte {at}", _FIX)
         size, crc, kind = _HEAD.unpack_from(data, at)
         payload = data[at + _HEAD.size : at + _HEAD.size + size]
         if size > _MAX_RECORD or len(payload) != size or zlib.crc32(kind + payload) != crc:
-            raise CorruptDataError(f"{log.name}: torn record at byte {at}", "discard it; earlier episodes are intact")
+            raise CorruptDataError(f"{log.name}: torn record at byte {at}", _FIX)
         yield kind, payload
         at += _HEAD.size + size
 

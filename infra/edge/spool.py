@@ -30,6 +30,9 @@ from infra.episode import EPISODE_ID, Episode, encode
 from infra.errors import ConfigError, ConflictError, CorruptDataError, StorageFullError
 from infra.files import write_durably
 
+_TAR_OVERHEAD = 16384  # headers, padding and the end blocks of a one-episode tar
+
+
 @dataclass(frozen=True)
 class ClosedEpisode:
     """A finished episode waiting in the spool."""
@@ -71,6 +74,7 @@ class Spool:
         self._fd: int | None = None
         self._start: EpisodeStart | None = None
         self._log_bytes = 0
+        self._others = 0  # bytes of everything but the open log, when it was opened
         self._synced = 0.0
         self.recovered = self._recover()
 
@@ -89,11 +93,13 @@ class Spool:
             )
         if self._start is not None:
             raise ConfigError(f"episode {self._start.episode_id} is still open", "close or discard it first")
-        self._require(4096)
+        record = begin_record(start)
+        self._others = self.used_bytes()
+        self._require(self._others + 2 * len(record) + _TAR_OVERHEAD)
         with self._full_disk():
             self._fd = os.open(self._log(start.episode_id), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
             self._start, self._log_bytes = start, 0
-            self._append(_BEGIN, json.dumps(vars(start), allow_nan=False).encode())
+            self._append(record)
             self._fsync()
 
     def append(self, frame: Frame) -> None:
@@ -102,14 +108,11 @@ class Spool:
         Raises:
             StorageFullError: no room; call `discard`, the closed episodes are untouched.
         """
-        observation = np.ascontiguousarray(frame.observation, dtype="<f4")
-        action = np.ascontiguousarray(frame.action, dtype="<f4")
-        step = _STEP.pack(frame.timestamp, frame.reward, frame.intervention)
-        payload = struct.pack("<H", observation.size) + step + observation.tobytes() + action.tobytes()
+        record = frame_record(frame)
         # The sealed tar is written beside the log before the log goes: room for both, or stop now.
-        self._require(self._log_bytes + 2 * len(payload) + 16384)
+        self._require(self._others + 2 * (self._log_bytes + len(record)) + _TAR_OVERHEAD)
         with self._full_disk():
-            self._append(_FRAME, payload)
+            self._append(record)
             if time.monotonic() - self._synced >= self.fsync_s:
                 self._fsync()
 
@@ -117,18 +120,14 @@ class Spool:
         """Finish the open episode: close record, fsync, seal into its tar.
 
         Raises:
+            ConfigError: no episode is open.
             StorageFullError: no room to seal; the log stays and is sealed when the spool is opened again.
         """
-        assert self._fd is not None and self._start is not None, "no episode is open"
-        document = {
-            "observation": np.asarray(end.observation, dtype="<f4").tobytes().hex(),
-            "timestamp": end.timestamp,
-            "outcome": end.outcome,
-            "substep_scores": list(end.substep_scores),
-            "extra": end.extra,
-        }
+        if self._start is None:
+            raise ConfigError("no episode is open", "call begin() before close()")
+        record = close_record(end)
         with self._full_disk():
-            self._append(_CLOSE, json.dumps(document, allow_nan=False).encode())
+            self._append(record)
             self._fsync()
         log = self._log(self._start.episode_id)
         self._release()
@@ -217,9 +216,8 @@ class Spool:
     def _log(self, episode_id: str) -> Path:
         return self._open_dir / f"{episode_id}.log"
 
-    def _append(self, kind: bytes, payload: bytes) -> None:
+    def _append(self, record: bytes) -> None:
         assert self._fd is not None, "no episode is open"
-        record = _HEAD.pack(len(payload), zlib.crc32(kind + payload), kind) + payload
         if os.write(self._fd, record) != len(record):
             raise OSError(errno.ENOSPC, "short write")
         self._log_bytes += len(record)
@@ -234,11 +232,10 @@ class Spool:
             os.close(self._fd)
         self._fd, self._start, self._log_bytes = None, None, 0
 
-    def _require(self, more: int) -> None:
-        used = self.used_bytes()
-        if used + more > self.max_bytes:
+    def _require(self, total: int) -> None:
+        if total > self.max_bytes:
             raise StorageFullError(
-                f"spool {self.root} holds {used} of at most {self.max_bytes} bytes",
+                f"spool {self.root} needs {total} of at most {self.max_bytes} bytes",
                 "let the robot reach the ingest service to empty it, or raise LWD_SPOOL_MAX_MIB",
             )
 
@@ -263,5 +260,3 @@ class Spool:
             handle.write(json.dumps(line) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
-
-

@@ -1,0 +1,1 @@
+"""Benchmarks, one command each; every result goes to `docs/results/` as JSON in one envelope, with its figure."""

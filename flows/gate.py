@@ -1,0 +1,311 @@
+"""The promotion gate: PASS, FAIL or CONTINUE from paired evaluation episodes, valid however often it is asked.
+
+The evidence is a betting test (`lwd_model.statistics`): under "the candidate is not better on average over the
+tasks" the probability that *any* of the answers given over time is PASS is at most alpha. Too little evidence is
+CONTINUE, never PASS. Episodes enter in rounds, one per task, ordered by seed: later batches must use larger seeds.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infra.errors import ConfigError
+from lwd_model.evaluation import EpisodeResult
+from lwd_model.statistics import betting_evidence, confidence_sequence, wilson
+
+DEFAULT_GATE = Path(__file__).parent / "gates" / "default.yaml"
+
+
+class Verdict(StrEnum):
+    PASS = "PASS"
+    FAIL = "FAIL"
+    CONTINUE = "CONTINUE"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EpisodesSpec(_Section):
+    """Episodes per task."""
+
+    min: int = Field(ge=1)
+    planned: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> EpisodesSpec:
+        if not self.min <= self.planned <= self.max:
+            raise ValueError("needs min <= planned <= max")
+        return self
+
+
+class PooledSpec(_Section):
+    superiority: float = Field(0.0, ge=0, lt=1)
+
+
+class PerTaskSpec(_Section):
+    margin: float = Field(ge=0, lt=1)
+    rule: Literal["not_worse", "shown"] = "not_worse"
+
+
+class GateSpec(_Section):
+    """A gate's thresholds; `flows/gates/default.yaml` explains each."""
+
+    version: Literal[1]
+    alpha: float = Field(gt=0, lt=0.5)
+    episodes: EpisodesSpec
+    pooled: PooledSpec = PooledSpec()
+    per_task: PerTaskSpec
+    safety: dict[str, int] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An answer and why.
+
+    Attributes:
+        verdict: PASS, FAIL or CONTINUE.
+        reasons: sentences, the decisive ones first.
+        evidence: JSON values for the model card: spec, counts, differences with anytime-valid intervals, e-values,
+            safety counters.
+    """
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    evidence: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"verdict": str(self.verdict), "reasons": list(self.reasons), "evidence": self.evidence}
+
+
+def load_gate(path: Path = DEFAULT_GATE) -> GateSpec:
+    """Read and validate a gate file.
+
+    Raises:
+        ConfigError: missing, not YAML, or a field is unknown, missing or out of range; names the field and, for a
+            typo, the nearest valid name.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"gate {path} not found", f"start from a copy of {DEFAULT_GATE}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"gate {path} is not YAML: {error}", "correct the file at the line named") from error
+    try:
+        return GateSpec.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        fix = f"correct {where!r} in {path}"
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(first["loc"][:-1])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0)[0]
+            fix = f"did you mean {near!r}? known here: {', '.join(known)}"
+        raise ConfigError(f"gate {path}: {where}: {first['msg']}", fix) from error
+
+
+def decide(spec: GateSpec, candidate: Sequence[EpisodeResult], champion: Sequence[EpisodeResult]) -> Decision:
+    """Judge a candidate against the champion.
+
+    Args:
+        spec: thresholds.
+        candidate: its evaluation episodes so far; may be fewer than the champion's.
+        champion: the champion's. Episodes of one task are paired by seed; where no seed is shared they are paired
+            in the order of their seeds, which is valid but tells less.
+
+    Raises:
+        ConfigError: the two were evaluated on different tasks, or a policy ran one (task, seed) twice.
+    """
+    rounds, tasks, paired = _pair(candidate, champion)
+    alpha, margin, plan = spec.alpha, spec.per_task.margin, spec.episodes.planned
+    n = rounds.shape[0]
+    level = 1 - 2 * alpha
+    gain = spec.pooled.superiority
+    history = trace(spec, rounds)
+    e_better, e_worse = (float(e[-1]) if n else 1.0 for e in (history.better, history.not_better))
+    pooled = {
+        "difference": confidence_sequence(rounds, level=level, planned=plan).as_dict(),
+        "e_better": e_better,
+        "e_not_better": e_worse,
+        "needed": 1 / alpha,
+    }
+
+    fails: list[str] = []
+    holds: list[str] = []
+    counters: dict[str, int] = dict.fromkeys(spec.safety, 0)
+    for result in candidate:
+        for name, count in result.safety.items():
+            counters[name] = counters.get(name, 0) + count
+    fails += [
+        f"safety: {count} {name} events, {spec.safety.get(name, 0)} allowed"
+        for name, count in counters.items()
+        if count > spec.safety.get(name, 0)
+    ]
+
+    per_task: dict[str, Any] = {}
+    for index, task in enumerate(tasks):
+        values = rounds[:, index : index + 1]
+        mean = float(values.mean()) if n else 0.0
+        e_inferior = float(history.inferior[-1, index]) if n else 1.0
+        e_non_inferior = float(history.non_inferior[-1, index]) if n else 1.0
+        if e_inferior >= len(tasks) / alpha:
+            fails.append(f"{task}: shown worse than the champion by more than {margin:g} (observed {mean:+.2f})")
+        elif spec.per_task.rule == "shown" and e_non_inferior < 1 / alpha:
+            holds.append(f"{task}: not yet shown to be within {margin:g} of the champion (observed {mean:+.2f})")
+        elif spec.per_task.rule == "not_worse" and mean < -margin:
+            holds.append(f"{task}: looks worse than the champion by more than {margin:g} (observed {mean:+.2f})")
+        per_task[task] = {
+            "difference": confidence_sequence(values, level=level, planned=plan).as_dict(),
+            "e_inferior": e_inferior,
+            "e_non_inferior": e_non_inferior,
+            "candidate": _rate(candidate, task),
+            "champion": _rate(champion, task),
+        }
+
+    observed = float(rounds.mean()) if n else 0.0
+    if e_worse >= 1 / alpha:
+        fails.append(f"pooled: shown not to be better than the champion by {gain:g} (observed {observed:+.3f})")
+    if n < spec.episodes.min:
+        holds.insert(0, f"{n} paired episodes a task, at least {spec.episodes.min} are needed")
+    if e_better < 1 / alpha:
+        holds.append(
+            f"pooled: not yet shown better (observed {observed:+.3f}, evidence {e_better:.3g} of {1 / alpha:.3g})"
+        )
+
+    if fails:
+        verdict, reasons = Verdict.FAIL, fails + holds
+    elif not holds:
+        verdict = Verdict.PASS
+        reasons = [f"pooled: shown better (observed {observed:+.3f}, evidence {e_better:.3g} of {1 / alpha:.3g})"]
+        each = ", ".join(f"{task} {entry['difference']['mean']:+.2f}" for task, entry in per_task.items())
+        how = "shown to be within" if spec.per_task.rule == "shown" else "observed to lose more than"
+        reasons.append(f"per task: {'each' if spec.per_task.rule == 'shown' else 'none'} {how} {margin:g} ({each})")
+        reasons.append("safety: no event beyond what is allowed")
+    elif n >= spec.episodes.max:
+        verdict, reasons = Verdict.FAIL, [f"the budget of {spec.episodes.max} episodes a task is spent", *holds]
+    else:
+        verdict, reasons = Verdict.CONTINUE, holds
+    evidence = {
+        "spec": spec.model_dump(),
+        "paired_by_seed": paired,
+        "episodes_per_task": n,
+        "interval_level": level,
+        "pooled": pooled,
+        "per_task": per_task,
+        "safety": counters,
+    }
+    return Decision(verdict, tuple(reasons), evidence)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Evidence after each round; every e-value is the largest so far, so that what was shown stays shown.
+
+    Attributes:
+        better: (..., R) against "the task-averaged difference is at most the superiority asked for".
+        not_better: (..., R) against "it is at least that".
+        inferior: (..., R, K) against "this task's difference is at least -margin".
+        non_inferior: (..., R, K) against "it is at most -margin".
+        difference: (..., R, K) each task's mean difference so far.
+    """
+
+    better: np.ndarray
+    not_better: np.ndarray
+    inferior: np.ndarray
+    non_inferior: np.ndarray
+    difference: np.ndarray
+
+
+def trace(spec: GateSpec, rounds: np.ndarray) -> Trace:
+    """The evidence over time of (..., R, K) differences in success: candidate minus champion, K tasks a round."""
+    alpha, margin, gain = spec.alpha, spec.per_task.margin, spec.pooled.superiority
+    n, tasks = rounds.shape[-2:]
+
+    def largest(values: np.ndarray, null: float, level: float) -> np.ndarray:
+        wealth = betting_evidence(values, null, alpha=level, planned=spec.episodes.planned)
+        return np.maximum(np.maximum.accumulate(wealth, axis=-1), 1.0)
+
+    single = np.moveaxis(rounds, -1, 0)[..., None]  # (K, ..., R, 1)
+    return Trace(
+        better=largest(rounds, gain, alpha),
+        not_better=largest(-rounds, -gain, alpha),
+        # A false FAIL of any task: at most alpha over all of them. A false "shown" lets one task through: alpha each.
+        inferior=np.moveaxis(largest(-single, margin, alpha / tasks), 0, -1),
+        non_inferior=np.moveaxis(largest(single, -margin, alpha), 0, -1),
+        difference=np.cumsum(rounds, axis=-2) / np.arange(1, n + 1)[:, None],
+    )
+
+
+def verdicts(spec: GateSpec, history: Trace) -> np.ndarray:
+    """What `decide` answers after each round when no safety counter objects: (..., R) of PASS, FAIL, CONTINUE."""
+    tasks = history.difference.shape[-1]
+    n = np.arange(1, history.better.shape[-1] + 1)
+    fails = (history.not_better >= 1 / spec.alpha) | (history.inferior >= tasks / spec.alpha).any(-1)
+    if spec.per_task.rule == "shown":
+        holds = (history.non_inferior < 1 / spec.alpha).any(-1)
+    else:
+        holds = (history.difference < -spec.per_task.margin).any(-1)
+    holds |= (n < spec.episodes.min) | (history.better < 1 / spec.alpha)
+    fails |= holds & (n >= spec.episodes.max)
+    return np.where(fails, Verdict.FAIL.value, np.where(holds, Verdict.CONTINUE.value, Verdict.PASS.value))
+
+
+def _pair(candidate: Sequence[EpisodeResult], champion: Sequence[EpisodeResult]) -> tuple[np.ndarray, list[str], bool]:
+    """Differences in success, (R, K): R complete rounds over K tasks; the tasks; whether all pairs share a seed."""
+    theirs, ours = _by_task(champion, "champion"), _by_task(candidate, "candidate")
+    tasks = sorted(theirs)
+    # The candidate may have begun with some of the tasks only; it may not know others than the champion.
+    if not theirs or set(ours) - set(theirs):
+        raise ConfigError(
+            f"candidate evaluated on {sorted(ours)}, champion on {tasks}",
+            "evaluate both policies on the same tasks",
+        )
+    shared = {task: sorted(ours.get(task, {}).keys() & theirs[task].keys()) for task in tasks}
+    paired = any(shared.values()) or not ours
+    columns: list[list[int]] = []
+    for task in tasks:
+        mine = ours.get(task, {})
+        if paired:
+            pairs = [(mine[seed], theirs[task][seed]) for seed in shared[task]]
+        else:
+            ranked = ([side[seed] for seed in sorted(side)] for side in (mine, theirs[task]))
+            pairs = list(zip(*ranked, strict=False))  # one side may be ahead
+        columns.append([int(a) - int(b) for a, b in pairs])
+    n = min(len(column) for column in columns)
+    rounds = np.array([column[:n] for column in columns], dtype=np.float64).reshape(len(tasks), n).T
+    return rounds, tasks, paired
+
+
+def _by_task(results: Sequence[EpisodeResult], who: str) -> dict[str, dict[int, bool]]:
+    table: dict[str, dict[int, bool]] = {}
+    for result in results:
+        column = table.setdefault(result.task, {})
+        if result.seed in column:
+            raise ConfigError(
+                f"{who}: task {result.task}, seed {result.seed} was evaluated twice",
+                "an episode counts once: use new seeds for more episodes",
+            )
+        column[result.seed] = result.success
+    return table
+
+
+def _rate(results: Sequence[EpisodeResult], task: str) -> dict[str, Any]:
+    chosen = [result.success for result in results if result.task == task]
+    return {"k": sum(chosen), "n": len(chosen), "success": wilson(sum(chosen), len(chosen)).as_dict()}
+
+
+def _fields_at(location: Sequence[int | str]) -> list[str]:
+    model: Any = GateSpec
+    for part in location:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)

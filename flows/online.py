@@ -1,0 +1,215 @@
+"""Prefect flow `online`: supervises coordinator, robots and learner until the stage's updates are done.
+
+Each of them is a process that may die at any moment and is started again; so may the flow itself: run again, it goes on
+from the catalog, the spools and the learner's checkpoint. One flow run is one stage, never one episode.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+
+from flows.console import progress, say
+from flows.deployment import Deployment, deployment, read_json
+from flows.online_learner import STATUS
+from flows.params import Params, load_params
+from flows.stages.common import BUNDLE, OFFLINE
+from infra.catalog import schema
+from infra.edge.spool import Spool
+from infra.errors import ConfigError, CorruptDataError
+from infra.fleet.robot import RobotConfig, robot_command, robot_environment
+from infra.settings import MIB
+from infra.supervisor import ProcessSpec, Supervisor
+
+CHECK = "data_contracts.checks:default_check"
+
+
+@dataclass(frozen=True)
+class OnlineSummary:
+    """What the stage did; every number is read back from the catalog.
+
+    Attributes:
+        episodes: in the latest snapshot. interventions: those with a takeover. quarantined: refused.
+        unaccounted: committed episodes that are neither in a snapshot nor in quarantine; 0, or the run is wrong.
+        policies: published. redeployments: activations by robots after their first policy.
+        restarts: by process, how often it was started again.
+    """
+
+    episodes: int
+    interventions: int
+    quarantined: int
+    unaccounted: int
+    policies: int
+    redeployments: int
+    updates: int
+    restarts: dict[str, int]
+
+
+def specs(params: Params, params_path: Path, home: Path, seed: int) -> tuple[ProcessSpec, ProcessSpec, list[ProcessSpec]]:
+    """The coordinator, the learner and the robots."""
+    p = params.online
+    python = [sys.executable, "-m"]
+    coordinator = ProcessSpec(
+        "coordinator",
+        [*python, "infra.coordinator", "--home", str(home), "--check", CHECK, "--standby", "--die-with-parent"],
+        {"OMP_NUM_THREADS": "1"},
+    )
+    learner = ProcessSpec(
+        "learner",
+        [*python, "flows.online_learner", "--home", str(home), "--params", str(params_path), "--die-with-parent"],
+        {"OMP_NUM_THREADS": str(params.workers)},
+    )
+    robots = []
+    for number in range(p.robots):
+        # Each robot begins with another task, so that a short run covers all of them.
+        tasks = params.tasks[number % len(params.tasks) :] + params.tasks[: number % len(params.tasks)]
+        config = RobotConfig(f"r{number}", tasks, seed=seed, operator=p.operator, pace=p.pace, drain_s=30.0)
+        robots.append(
+            ProcessSpec(f"robot-r{number}", [*robot_command(home, config), "--die-with-parent"], robot_environment())
+        )
+    return coordinator, learner, robots
+
+
+@task
+def deploy_first(home: str) -> int:
+    """Publish the offline policy to the learning cohort, unless a policy has been published there before."""
+    with deployment(Path(home)) as plane:
+        with plane.catalog.read() as connection:
+            last = connection.execute(
+                sa.select(sa.func.max(schema.announcements.c.version)).where(schema.announcements.c.cohort == "learning")
+            ).scalar()
+        if last is not None:
+            return int(last)
+        if not (OFFLINE / BUNDLE).exists():
+            raise ConfigError(f"{OFFLINE / BUNDLE} not found", "run the offline pipeline first: `lwd train` or `dvc repro`")
+        bundle = plane.settings.home / "first"
+        shutil.copytree(OFFLINE / BUNDLE, bundle, dirs_exist_ok=True)
+        return plane.publisher.publish(bundle, proposer="offline", details={"stage": "offline"})
+
+
+@task
+def supervise(home: str, params_path: str) -> dict[str, int]:
+    """Run the fleet and the learner to the end of the stage; then bring the robots home and the spools to the snapshot."""
+    params, folder = load_params(Path(params_path)), Path(home)
+    supervisor = Supervisor(folder / "logs")
+    coordinator, learner, robots = specs(params, Path(params_path), folder, params.seed)
+    status_file = folder / "learner" / STATUS
+    for spec in (coordinator, learner, *robots):
+        supervisor.start(spec)
+    try:
+        _watch(supervisor, status_file, params)
+        supervisor.stop([spec.name for spec in robots], timeout_s=60.0)
+        _drain(supervisor, folder)
+    finally:
+        supervisor.stop()
+    return supervisor.restarts
+
+
+def _watch(supervisor: Supervisor, status_file: Path, params: Params) -> None:
+    with progress("online RL", params.online.updates) as advance:
+        done = 0
+        while not supervisor.finished("learner"):
+            for name in supervisor.poll():
+                say(f"  [yellow]{name} died and is started again[/yellow]")
+            status: dict[str, Any] = read_json(status_file)
+            if status:
+                note = f"{status['episodes']} episodes  policy v{status['version'] or '-'}"
+                advance(max(0, status["updates"] - done), note)
+                done = max(done, status["updates"])
+            time.sleep(0.5)
+        advance(max(0, params.online.updates - done), "")
+
+
+def _drain(supervisor: Supervisor, home: Path, timeout_s: float = 120.0) -> None:
+    """Wait until the coordinator has settled every committed episode."""
+    end = time.monotonic() + timeout_s
+    with deployment(home) as plane:
+        while unaccounted(plane) and time.monotonic() < end:
+            supervisor.poll()
+            time.sleep(0.2)
+
+
+def unaccounted(plane: Deployment) -> int:
+    """Committed episodes that are neither in a snapshot nor in quarantine (invariant I1)."""
+    episodes, members, held = schema.episodes, schema.snapshot_episodes, schema.quarantine
+    query = (
+        sa.select(sa.func.count())
+        .select_from(episodes)
+        .where(
+            ~sa.exists().where(members.c.episode_id == episodes.c.episode_id),
+            ~sa.exists().where(held.c.episode_id == episodes.c.episode_id),
+        )
+    )
+    with plane.catalog.read() as connection:
+        return int(connection.execute(query).scalar_one())
+
+
+def summarise(plane: Deployment, restarts: dict[str, int]) -> OnlineSummary:
+    """Read the stage's figures back from the catalog."""
+    members = schema.snapshot_episodes
+    with plane.catalog.read() as connection:
+
+        def count(table: sa.Table, *conditions: sa.ColumnElement[bool]) -> int:
+            return int(connection.execute(sa.select(sa.func.count()).select_from(table).where(*conditions)).scalar_one())
+
+        return OnlineSummary(
+            episodes=count(members, members.c.removed.is_(None)),
+            interventions=count(members, members.c.removed.is_(None), members.c.interventions > 0),
+            quarantined=count(schema.quarantine),
+            unaccounted=unaccounted(plane),
+            policies=count(schema.policies),
+            redeployments=count(schema.measurements, schema.measurements.c.name == "publish_to_active_s"),
+            updates=int(read_json(plane.settings.home / "learner" / STATUS).get("updates", 0)),  # type: ignore[call-overload]
+            restarts=restarts,
+        )
+
+
+@flow(name="online", flow_run_name="online")
+def online(home: str = "runs/local", params_path: str = "params.yaml") -> dict[str, Any]:
+    """Deploy the offline policy to the fleet and keep improving it from what the fleet does.
+
+    Args:
+        home: the deployment.
+        params_path: parameters; the stage's are under `online`.
+    """
+    first = deploy_first(home)
+    say(f"policy v{first} is deployed to the learning cohort")
+    restarts = supervise(home, params_path)
+    with deployment(Path(home)) as plane:
+        summary = summarise(plane, restarts)
+        version = plane.snapshots.verify()
+    if summary.unaccounted:
+        raise CorruptDataError(
+            f"{summary.unaccounted} committed episodes are in no snapshot and not in quarantine",
+            "run the flow again: the coordinator takes them up where it stopped",
+        )
+    create_markdown_artifact(
+        "\n".join(f"- {name}: {value}" for name, value in asdict(summary).items()), key="online-summary"
+    )
+    say(f"snapshot {version} holds {summary.episodes} episodes, {summary.quarantined} in quarantine, 0 unaccounted")
+    return asdict(summary)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m flows.online HOME [PARAMS]`, without Prefect's engine: for benchmarks and for tests."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m flows.online")
+    parser.add_argument("--home", default="runs/local")
+    parser.add_argument("--params", default="params.yaml")
+    options = parser.parse_args(arguments)
+    deploy_first.fn(options.home)
+    restarts = supervise.fn(options.home, options.params)
+    with deployment(Path(options.home)) as plane:
+        print(json.dumps(asdict(summarise(plane, restarts))))
+    return 0

@@ -1,0 +1,83 @@
+"""What several stages share: paths, the agent's configuration, progress over episodes, metrics as files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.params import Params
+from infra.episode import Episode
+from infra.fleet.scene import ACTION_DIM
+from infra.fleet.features import FEATURES
+from infra.fleet.tasks import TASKS
+from lwd_model.chunks import Replay
+from lwd_model.config import AgentConfig, LearnerConfig, preset
+
+DEMONSTRATIONS, ROLLOUTS, PLAY = Path("data/demonstrations"), Path("data/rollouts"), Path("data/play")
+QUARANTINE, BUFFER, EVALUATION, REPORT = (
+    Path("data/quarantine"), Path("data/buffer"), Path("data/evaluation"), Path("data/report"),
+)  # fmt: skip
+SFT, OFFLINE = Path("models/sft"), Path("models/offline")
+CHECKPOINT, BUNDLE, EARLY = "learner.ckpt", "bundle", "early"
+
+
+def agent_config(params: Params, **learner: Any) -> AgentConfig:
+    """The agent for this fleet's embodiment: the whole suite's instructions, so that tasks can be added later."""
+    policy = {
+        "obs_dim": len(FEATURES),
+        "action_dim": ACTION_DIM,
+        "horizon": params.policy.horizon,
+        "instructions": tuple(spec.instruction for spec in TASKS.values()),
+    }
+    return preset(params.policy.preset, policy, **learner)
+
+
+def replay_for(config: AgentConfig) -> Replay:
+    """An empty replay with the options of the learner's configuration."""
+    c = config.learner
+    return Replay(
+        config.policy.instructions,
+        config.policy.horizon,
+        c.gamma,
+        time_limit=c.time_limit,
+        takeover=c.takeover,
+        cloned=c.cloned,
+    )
+
+
+def n_step(task: str, config: LearnerConfig) -> int:
+    """Chunks in the TD window of a task (eq. 19)."""
+    return config.n_step_short if TASKS[task].horizon == "short" else config.n_step_long
+
+
+def counted(episodes: Iterable[Episode], advance: Callable[..., None]) -> Iterator[Episode]:
+    """Pass episodes on, advancing a progress bar for each."""
+    for episode in episodes:
+        advance(1, f"{episode.task} {episode.outcome}")
+        yield episode
+
+
+def write_metrics(name: str, metrics: Mapping[str, Any]) -> None:
+    """`metrics/<name>.json`, for `dvc metrics show`."""
+    path = Path("metrics") / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+
+
+def write_plot(name: str, rows: Sequence[Mapping[str, float]]) -> None:
+    """`plots/<name>.csv`, for `dvc plots show`; also the report's source."""
+    path = Path("plots") / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_plot(name: str) -> list[dict[str, float]]:
+    """The rows of `write_plot`."""
+    with (Path("plots") / f"{name}.csv").open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

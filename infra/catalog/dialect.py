@@ -1,0 +1,140 @@
+"""All that differs between SQLite and PostgreSQL: transactions, clocks, upserts, append-only tables, errors."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
+
+BUSY_S = 30.0
+_WRITERS_LOCK = 0x4C574421  # any constant: the advisory lock that serialises writers on PostgreSQL
+_NEARLY_FULL = 2**20
+
+
+def make_engine(url: str) -> sa.Engine:
+    """An engine whose `write=True` transactions are serialised and durable on either database."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return _sqlite_engine(parsed)
+    if parsed.get_backend_name() == "postgresql":
+        return sa.create_engine(parsed, pool_pre_ping=True)
+    raise ConfigError(
+        f"catalog URL {parsed.render_as_string(hide_password=True)!r} names neither SQLite nor PostgreSQL",
+        "set LWD_CATALOG to sqlite:///path or postgresql+psycopg://user@host/database",
+    )
+
+
+def _sqlite_engine(url: sa.URL) -> sa.Engine:
+    if url.database is None or url.database in ("", ":memory:"):
+        raise ConfigError("the catalog cannot be an in-memory SQLite database", "give a path: sqlite:///path")
+    path = Path(url.database)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnavailableError(f"catalog folder {path.parent}: {error.strerror}", "make it writable") from error
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_S})
+
+    @sa.event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # this module issues BEGIN itself
+        _enable_wal(connection)
+        connection.execute("PRAGMA synchronous=FULL")  # an acknowledged commit survives a power cut
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        # IMMEDIATE: a writer queues at BEGIN; upgrading from a read would fail at once, whatever the busy timeout.
+        write = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _enable_wal(connection: Any) -> None:
+    """Switching to WAL ignores the busy timeout, so that processes starting together must retry."""
+    deadline = time.monotonic() + BUSY_S
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def lock_writers(connection: sa.Connection) -> None:
+    """One write transaction at a time on PostgreSQL too (SQLite does so by itself).
+
+    Gapless versions, the order of the outbox and the fencing of leases rest on it.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+
+
+def now(connection: sa.Connection) -> float:
+    """The catalog's clock, seconds since the epoch: the database server's where there is one."""
+    if connection.dialect.name == "postgresql":
+        return float(connection.execute(sa.select(sa.extract("epoch", sa.func.clock_timestamp()))).scalar_one())
+    return time.time()
+
+
+def _insert(connection: sa.Connection, table: sa.Table) -> Any:
+    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+
+
+def insert_if_absent(connection: sa.Connection, table: sa.Table, values: dict[str, Any]) -> bool:
+    """Insert one row unless its key (primary or unique) is taken; whether it was inserted."""
+    statement = _insert(connection, table).values(values).on_conflict_do_nothing()
+    # RETURNING and not the row count, which drivers need not give for an INSERT.
+    return connection.execute(statement.returning(*table.primary_key)).first() is not None
+
+
+def upsert(connection: sa.Connection, table: sa.Table, values: dict[str, Any]) -> None:
+    """Insert one row, or update the given columns of the row with the same primary key."""
+    keys = [column.name for column in table.primary_key]
+    statement = _insert(connection, table).values(values)
+    changed = {name: statement.excluded[name] for name in values if name not in keys}
+    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed))
+
+
+def append_only_ddl(dialect: str, table: str) -> Sequence[str]:
+    """Statements that make the database refuse UPDATE and DELETE on `table`."""
+    if dialect == "postgresql":
+        function = f"{table}_append_only"
+        return (
+            f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$ BEGIN RAISE EXCEPTION '{table} is append-only'; END $$",
+            f"CREATE TRIGGER {function} BEFORE UPDATE OR DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION {function}()",
+        )
+    return tuple(
+        f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    )
+
+
+def explain(error: sa.exc.DBAPIError, url: sa.URL) -> LwdError | None:
+    """The actionable error behind a driver's, or None where it is a mistake in the code."""
+    if not isinstance(error, sa.exc.OperationalError):
+        return None
+    where = url.database if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
+    text = str(error.orig)
+    state = getattr(error.orig, "sqlstate", None)
+    full = "disk is full" in text or state == "53100"
+    if not full and "disk I/O error" in text and url.database is not None:
+        full = shutil.disk_usage(Path(url.database).parent).free < _NEARLY_FULL
+    if full:
+        return StorageFullError(f"the disk of the catalog {where} is full; nothing was committed", "free space on it")
+    if "no such table" in text or "no such column" in text or "readonly" in text:
+        return ConfigError(
+            f"catalog {where}: {text}", "create or upgrade it with Catalog.migrate(), in a writable folder"
+        )
+    return UnavailableError(f"catalog {where}: {text}", "see that it is up and not held by a stuck process, then retry")

@@ -1,0 +1,87 @@
+"""Opening the catalog, bringing its schema up to date, and its two kinds of transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from infra.catalog import dialect
+from infra.errors import ConfigError
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class Catalog:
+    """The SQL database behind everything. Safe for threads; each process opens its own.
+
+    Args:
+        url: SQLAlchemy URL, SQLite or PostgreSQL (`Settings.catalog_url`).
+
+    Raises:
+        ConfigError: another database, or none.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.engine = dialect.make_engine(url)
+        self._writer = self.engine.execution_options(write=True)
+        isolation = "REPEATABLE READ" if self.engine.dialect.name == "postgresql" else None
+        self._reader = self.engine.execution_options(isolation_level=isolation) if isolation else self.engine
+
+    @contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A write transaction: serialised against every other one, durable when the block ends, undone if it raises.
+
+        Keep it short and free of network or disk work.
+
+        Raises:
+            StorageFullError: the database's disk is full; nothing was committed.
+            UnavailableError: it could not be reached, or stayed locked for 30 s.
+        """
+        with self._explained(), self._writer.begin() as connection:
+            dialect.lock_writers(connection)
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A read transaction that sees one state throughout and blocks no writer."""
+        with self._explained(), self._reader.connect() as connection, connection.begin() as transaction:
+            yield connection
+            transaction.rollback()
+
+    def migrate(self) -> None:
+        """Create the tables or upgrade them to this version's; processes may do so at once."""
+        with self.begin() as connection:
+            config = Config()
+            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def check(self) -> None:
+        """Raise ConfigError unless the tables are those of this version."""
+        head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
+        with self.read() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        if current != head:
+            name = self.engine.url.render_as_string(hide_password=True)
+            raise ConfigError(f"catalog {name} has schema {current}, this version needs {head}", "run `lwd migrate`")
+
+    def close(self) -> None:
+        """Give the connections back; the catalog opens them again when it is used."""
+        self.engine.dispose()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.DBAPIError as error:
+            explained = dialect.explain(error, self.engine.url)
+            if explained is None:
+                raise
+            raise explained from error

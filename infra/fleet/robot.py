@@ -1,0 +1,335 @@
+"""One robot as a process: `python -m infra.fleet.robot --home runs/demo --robot r0 --tasks S1,S2`.
+
+The loop: take the newest approved policy at the episode boundary, run an episode, record it frame by frame in the
+spool, let the client's thread send it. SIGTERM ends it at the next boundary; SIGKILL at any moment loses at most the
+unfinished attempt. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from infra.catalog import Catalog, dialect, schema
+from infra.edge.client import EdgeClient
+from infra.edge.framelog import Frame
+from infra.edge.inference import load_policy
+from infra.edge.spool import Spool
+from infra.episode import Outcome
+from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError, UntrustedPolicyError
+from infra.files import write_durably
+from infra.fleet.operator import Operator, TakeoverOperator
+from infra.fleet.rollout import ActionPolicy, Job, generator
+from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD, SceneEnv
+from infra.fleet.tasks import task
+from infra.ingest import Ingest
+from infra.objects import DirectoryStore
+from infra.policy.channel import CatalogPolicySource
+from infra.policy.keys import load_trusted
+from infra.policy.subscriber import ActivePolicy, PolicySubscriber
+from infra.process import die_with_parent, log_to, stop_on_signal
+from infra.settings import MIB, Settings, load_settings
+
+_HEARTBEAT_S = 1.0  # an idle robot says so at least this often
+_log = logging.getLogger("lwd.robot")
+
+
+@dataclass(frozen=True)
+class RobotConfig:
+    """What one robot does.
+
+    Attributes:
+        robot_id: its name; spool, policies and progress lie under it.
+        tasks: run in turn.
+        seed: with the name and the episode's number, seeds everything random.
+        operator: probability that a human attends an episode and may take over.
+        execute: actions of a chunk executed before replanning; None for all.
+        episodes: closed episodes after which the robot ends, over all its lives; None for no end.
+        cohort: whose policies it follows.
+        drain_s: at the end, how long to wait for the spool to empty.
+    """
+
+    robot_id: str
+    tasks: tuple[str, ...]
+    seed: int = 0
+    operator: float = 0.0
+    execute: int | None = None
+    episodes: int | None = None
+    cohort: str = "learning"
+    drain_s: float = 5.0
+
+
+class Robot:
+    """Runs episodes until its number is reached or `stop` is set.
+
+    Args:
+        config, settings: what to do and where.
+        stop: set to end at the next boundary.
+        make_env: makes the scene.
+    """
+
+    def __init__(
+        self,
+        config: RobotConfig,
+        settings: Settings,
+        stop: threading.Event,
+        make_env: Callable[[], SceneEnv] = SceneEnv,
+    ) -> None:
+        for key in config.tasks:
+            task(key)
+        self.config = config
+        self._settings = settings
+        self._stop = stop
+        self._home = settings.robots_dir / config.robot_id
+        self._home.mkdir(parents=True, exist_ok=True)
+        self._catalog = Catalog(settings.catalog_url)
+        self._catalog.check()
+        objects = DirectoryStore(settings.objects_dir)
+        spool = Spool(settings.spool_dir / config.robot_id, max_bytes=settings.spool_max_mib * MIB)
+        for closed in spool.recovered:
+            _say("recovered", episode_id=closed.episode_id)
+        self.client = EdgeClient(
+            config.robot_id, spool, Ingest(self._catalog, objects), poll_s=settings.poll_s, on_event=_event
+        )
+        source = CatalogPolicySource(self._catalog, objects)
+        self.subscriber = PolicySubscriber(
+            self._home / "policy", config.cohort, source, load_trusted(settings.keys_dir)
+        )
+        self._env = make_env()
+        self._operator: Operator | None = TakeoverOperator(config.operator) if config.operator > 0 else None
+        self._policy: ActionPolicy | None = None
+        self._bundle: Path | None = None
+        self._unusable: Path | None = None
+        self._told: tuple[object, ...] = ()
+        self._told_at = 0.0
+        self._started, self._closed = self._read_progress()
+        self._refusal = ""
+
+    def run(self) -> int:
+        """The loop; returns how many episodes this robot has closed in all its lives."""
+        self.client.start()
+        try:
+            while not self._stop.is_set() and (self.config.episodes is None or self._closed < self.config.episodes):
+                try:
+                    self._boundary()
+                    if self._policy is None:
+                        self._stop.wait(self._settings.poll_s)
+                    else:
+                        self._episode(self._policy)
+                except StorageFullError as error:  # safe stop: nothing is recorded until there is room again
+                    _say("stopped: full", logging.ERROR, problem=error.problem)
+                    self._stop.wait(max(self._settings.poll_s, 1.0))
+                except UnavailableError as error:
+                    _say("waiting", logging.WARNING, problem=error.problem)
+                    self._stop.wait(max(self._settings.poll_s, 1.0))
+        finally:
+            self.client.stop()
+            try:
+                left = self.client.drain(self.config.drain_s)
+                self._heartbeat()
+                _say("ended", closed=self._closed, unconfirmed=left)
+            except LwdError as error:  # what is not sent stays in the spool for the next life
+                _say("ended", logging.WARNING, closed=self._closed, problem=error.problem)
+            self._env.close()
+            self.client.spool.release()
+            self._catalog.close()
+        return self._closed
+
+    def _boundary(self) -> None:
+        """Between episodes: take the newest approved policy, tell the catalog that this robot lives."""
+        try:
+            self.subscriber.poll()
+            self._refusal = ""
+        except UntrustedPolicyError as error:
+            if error.problem != self._refusal:  # once for each, not at every boundary
+                self._refusal = error.problem
+                _say("policy refused", logging.ERROR, problem=error.problem)
+        candidate = self.subscriber.staged or self.subscriber.active
+        if candidate is not None and candidate.bundle not in (self._bundle, self._unusable):
+            try:
+                policy = load_policy(candidate.bundle, version=candidate.version)
+            except LwdError as error:  # signed, but not for this robot: the last policy that was good stays
+                self._unusable, self._refusal = candidate.bundle, error.problem
+                _say("policy refused", logging.ERROR, problem=error.problem)
+            else:
+                self.subscriber.activate_at_boundary()
+                first = self._bundle is None
+                self._policy, self._bundle = policy, candidate.bundle
+                _say("policy", version=candidate.version)
+                self._measure(candidate, first)
+        self._heartbeat()
+
+    def _episode(self, policy: ActionPolicy) -> None:
+        number = self._started
+        key = self.config.tasks[number % len(self.config.tasks)]
+        job = Job(key, _seed(self.config, number))
+        self._started += 1
+        self._write_progress()  # before the attempt: a killed one is not repeated with the same seed
+        env, operator = self._env, self._operator
+        observation, _ = env.reset(seed=job.seed, options={"task": key})
+        rng = generator(job)
+        if operator is not None:
+            operator.reset(env, np.random.default_rng([job.seed, 2]))
+        episode_id = self.client.begin(key, env.instruction, source="online", policy_version=policy.version)
+        execute = self.config.execute or policy.horizon
+        chunk, cursor, steps, takeover = np.empty((0, ACTION_DIM), np.float32), execute, 0, None
+        outcome: Outcome | None = None
+        while outcome is None:
+            if takeover is None and operator is not None and operator.observe(env, steps):
+                takeover = steps
+            if takeover is not None and operator is not None:
+                action = operator.act(env)
+            else:
+                if cursor >= execute:
+                    noise = rng.standard_normal((1, policy.horizon, ACTION_DIM), np.float32)
+                    chunk, cursor = policy.act(observation[None], [env.instruction], noise)[0], 0
+                action, cursor = chunk[cursor], cursor + 1
+            action = np.clip(action, -1.0, 1.0).astype(np.float32)  # recorded as executed
+            after, reward, terminated, truncated, info = env.step(action)
+            self.client.record(Frame(observation, action, reward, takeover is not None, steps * CONTROL_PERIOD))
+            observation, steps = after, steps + 1
+            if terminated:
+                outcome = "success" if info["success"] else "failure"
+            elif truncated:
+                outcome = "time_limit"
+        extra: dict[str, Any] = {"seed": job.seed, "number": number}
+        if takeover is not None:
+            extra["takeover_step"] = takeover
+        self.client.close(observation, steps * CONTROL_PERIOD, outcome, env.substep_scores, extra)
+        self._closed += 1
+        self._write_progress()
+        _say("episode", episode_id=episode_id, task=key, outcome=outcome, steps=steps, takeover=takeover,
+             policy=policy.version, closed=self._closed)  # fmt: skip
+
+    def _heartbeat(self) -> None:
+        active, staged = self.subscriber.active, self.subscriber.staged
+        told = (active, staged, self._closed, self._refusal)
+        if told == self._told and time.monotonic() - self._told_at < _HEARTBEAT_S:
+            return
+        self._told, self._told_at = told, time.monotonic()
+        with self._catalog.begin() as connection:
+            row = {
+                "robot_id": self.config.robot_id,
+                "cohort": self.config.cohort,
+                "active_version": active.version if active else None,
+                "staged_version": staged.version if staged else None,
+                "last_seen": dialect.now(connection),
+                "episodes": self._closed,
+                "details": {"pid": os.getpid(), "tasks": list(self.config.tasks), "refused": self._refusal or None},
+            }
+            dialect.upsert(connection, schema.robots, row)
+
+    def _measure(self, active: ActivePolicy, first: bool) -> None:
+        """How long the announcement took to become the running policy; a first policy was not waited for."""
+        if first:
+            return
+        with self._catalog.begin() as connection:
+            at = dialect.now(connection)
+            row = {"name": "publish_to_active_s", "subject": self.config.robot_id, "version": active.version,
+                   "value": at - active.announced_at, "at": at}  # fmt: skip
+            connection.execute(sa.insert(schema.measurements).values(row))
+
+    def _read_progress(self) -> tuple[int, int]:
+        path = self._home / "progress.json"
+        if not path.exists():
+            return 0, 0
+        try:
+            document = json.loads(path.read_bytes())
+            return int(document["started"]), int(document["closed"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is not a robot's progress ({error})", "move it away to count from 0") from error
+
+    def _write_progress(self) -> None:
+        document = {"started": self._started, "closed": self._closed}
+        write_durably(self._home / "progress.json", json.dumps(document).encode())
+
+
+def robot_command(home: Path, config: RobotConfig) -> list[str]:
+    """The command that runs this robot."""
+    command = [sys.executable, "-m", "infra.fleet.robot", "--home", str(home), "--robot", config.robot_id]
+    command += ["--tasks", ",".join(config.tasks), "--seed", str(config.seed), "--operator", str(config.operator)]
+    command += ["--cohort", config.cohort, "--drain", str(config.drain_s)]
+    if config.execute is not None:
+        command += ["--execute", str(config.execute)]
+    if config.episodes is not None:
+        command += ["--episodes", str(config.episodes)]
+    return command
+
+
+def robot_environment() -> dict[str, str]:
+    """Variables of a robot's process: one thread, so that four robots and a learner share two cores in peace."""
+    return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def spawn_robot(home: Path, config: RobotConfig) -> subprocess.Popen[bytes]:
+    """Start this robot as a process; its log is `<home>/logs/robot-<id>.jsonl`."""
+    command = [*robot_command(home, config), "--die-with-parent"]
+    return subprocess.Popen(command, env=os.environ | robot_environment(), stdin=subprocess.DEVNULL)
+
+
+def _seed(config: RobotConfig, number: int) -> int:
+    mixed = np.random.SeedSequence([config.seed, zlib.crc32(config.robot_id.encode()), number])
+    return int(mixed.generate_state(1)[0])
+
+
+def _say(message: str, level: int = logging.INFO, **fields: Any) -> None:
+    _log.log(level, message, extra={"fields": fields})
+
+
+def _event(event: str, fields: dict[str, Any]) -> None:
+    _say(event, logging.WARNING if event == "trouble" else logging.INFO, **fields)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one robot; exit code of the error otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m infra.fleet.robot", description="Run one simulated robot.")
+    parser.add_argument("--home", type=Path, required=True, help="the deployment")
+    parser.add_argument("--robot", required=True, help="this robot's name")
+    parser.add_argument("--tasks", required=True, help="comma-separated keys, run in turn: S1,S2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--operator", type=float, default=0.0, help="probability that a human attends an episode")
+    parser.add_argument("--execute", type=int, help="actions of a chunk executed before replanning")
+    parser.add_argument("--episodes", type=int, help="end after so many closed episodes")
+    parser.add_argument("--cohort", default="learning", choices=("learning", "canary", "production"))
+    parser.add_argument("--drain", type=float, default=5.0, help="seconds to wait at the end for the spool to empty")
+    parser.add_argument("--die-with-parent", action="store_true", help="stop when the process that started this ends")
+    options = parser.parse_args(arguments)
+    if options.die_with_parent:
+        die_with_parent()
+    stop = stop_on_signal()
+    config = RobotConfig(
+        robot_id=options.robot,
+        tasks=tuple(key for key in options.tasks.split(",") if key),
+        seed=options.seed,
+        operator=options.operator,
+        execute=options.execute,
+        episodes=options.episodes,
+        cohort=options.cohort,
+        drain_s=options.drain,
+    )
+    try:
+        settings = load_settings(home=options.home)
+        log_to(settings.logs_dir, f"robot-{config.robot_id}")
+        Robot(config, settings, stop).run()
+    except LwdError as error:
+        print(f"robot {config.robot_id}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""Rollouts of many scenes in one process, with one batched inference for all that replan.
+
+Every episode draws from its own generator, seeded by its job: results depend on the job alone, not on how many scenes
+run side by side (up to the rounding of a batched matrix product in the policy).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from infra.episode import Episode, Outcome, Source, new_episode_id
+from infra.errors import ConfigError
+from infra.fleet.experts import NOISE_CORRELATION
+from infra.fleet.operator import ExpertOperator, Operator
+from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD, SceneEnv
+from infra.fleet.tasks import task
+
+Floats = npt.NDArray[np.float32]
+
+
+class ActionPolicy(Protocol):
+    """What acts: `horizon` H actions a plan, and the version that the episodes are labelled with."""
+
+    @property
+    def horizon(self) -> int: ...
+
+    @property
+    def version(self) -> int | None: ...
+
+    def act(self, observations: Floats, instructions: Sequence[str], noise: Floats) -> Floats:
+        """Chunks (B, H, A) for observations (B, D), one instruction a row and standard normal noise (B, H, A)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode to run: the task, the seed of everything random in it, and a label kept in `Episode.extra`.
+
+    `perturbation` is the standard deviation of AR(1) noise added to the policy's actions (play).
+    """
+
+    task: str
+    seed: int
+    kind: str = ""
+    perturbation: float = 0.0
+
+
+@dataclass
+class _Running:
+    """One scene and the episode under way in it."""
+
+    env: SceneEnv
+    job: Job
+    operator: Operator | None
+    rng: np.random.Generator
+    observations: list[Floats]
+    disturbance: npt.NDArray[np.float64]
+    started_at: float
+    chunk: Floats | None = None
+    cursor: int = 0
+    driven: bool = False  # by the operator
+    actions: list[Floats] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    intervention: list[bool] = field(default_factory=list)
+
+
+def run_jobs(
+    policy: ActionPolicy | None,
+    jobs: Iterable[Job],
+    *,
+    source: Source,
+    envs: int = 8,
+    execute: int | None = None,
+    operator: Callable[[], Operator] | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+    again: Callable[[Job, Episode], Job | None] | None = None,
+    robot_id: str = "sim",
+    stop: Callable[[], bool] | None = None,
+) -> list[Episode]:
+    """Run every job to its end; episodes in the order of the jobs. See `iterate_jobs` for the arguments."""
+    done: dict[int, Episode] = {}
+    for index, episode in iterate_jobs(
+        policy,
+        jobs,
+        source=source,
+        envs=envs,
+        execute=execute,
+        operator=operator,
+        again=again,
+        robot_id=robot_id,
+        stop=stop,
+    ):
+        done[index] = episode
+        if on_episode is not None:
+            on_episode(episode)
+    return [done[index] for index in sorted(done)]
+
+
+def iterate_jobs(
+    policy: ActionPolicy | None,
+    jobs: Iterable[Job],
+    *,
+    source: Source,
+    envs: int = 8,
+    execute: int | None = None,
+    operator: Callable[[], Operator] | None = None,
+    again: Callable[[Job, Episode], Job | None] | None = None,
+    robot_id: str = "sim",
+    stop: Callable[[], bool] | None = None,
+) -> Iterator[tuple[int, Episode]]:
+    """Run jobs and yield (index of the job, episode) as each ends.
+
+    Args:
+        policy: acts while no operator does; None only with an operator that is in control from the start.
+        source: the episodes' source. Demonstrations are not flagged as interventions, other operators' segments are.
+        envs: scenes stepped side by side.
+        execute: actions of a chunk executed before replanning; all of them without it.
+        operator: makes one operator for each scene; asked before every control step, in control until the end.
+        again: asked at the end of each episode; a job that it returns is run in the place of the one that ended, whose
+            episode is dropped.
+        stop: asked between control steps; True ends the run, dropping unfinished episodes.
+
+    Raises:
+        ConfigError: unknown task; `execute` not in 1..H; no policy although nobody else acts.
+    """
+    execute = _check(policy, execute, operator)
+    waiting = iter(enumerate(jobs))
+    running: dict[int, _Running] = {}
+    scenes: list[SceneEnv] = []
+    try:
+        while True:
+            while len(running) < envs and (item := next(waiting, None)) is not None:
+                index, job = item
+                scene = scenes.pop() if scenes else SceneEnv()
+                running[index] = _start(scene, job, operator)
+            if not running or (stop is not None and stop()):
+                return
+            replanning = [run for run in running.values() if _needs_plan(run, execute)]
+            if replanning:
+                _replan(policy, replanning)
+            for index, run in list(running.items()):
+                outcome = _step(run)
+                if outcome is None:
+                    continue
+                episode = _finish(run, outcome, policy, source, robot_id)
+                retry = again(run.job, episode) if again is not None else None
+                if retry is not None:
+                    running[index] = _start(run.env, retry, operator)
+                    continue
+                del running[index]
+                scenes.append(run.env)
+                yield index, episode
+    finally:
+        for scene in [*scenes, *(run.env for run in running.values())]:
+            scene.close()
+
+
+def generator(job: Job) -> np.random.Generator:
+    """The generator of everything random in the job's episode that the scene itself does not draw."""
+    return np.random.default_rng([job.seed, 1])
+
+
+def _check(policy: ActionPolicy | None, execute: int | None, operator: Callable[[], Operator] | None) -> int:
+    if policy is None:
+        if operator is None or not isinstance(operator(), ExpertOperator):
+            raise ConfigError("rollouts without a policy need someone who acts from the start", "give a policy")
+        return 1
+    if execute is None:
+        return policy.horizon
+    if not 1 <= execute <= policy.horizon:
+        raise ConfigError(
+            f"execute={execute} actions of a chunk of {policy.horizon}", f"set execute within 1..{policy.horizon}"
+        )
+    return execute
+
+
+def _start(scene: SceneEnv, job: Job, operator: Callable[[], Operator] | None) -> _Running:
+    task(job.task)
+    observation, _ = scene.reset(seed=job.seed, options={"task": job.task})
+    rng = generator(job)
+    watcher = operator() if operator is not None else None
+    if watcher is not None:
+        watcher.reset(scene, np.random.default_rng([job.seed, 2]))
+    return _Running(scene, job, watcher, rng, [observation], np.zeros(ACTION_DIM), time.time())
+
+
+def _needs_plan(run: _Running, execute: int) -> bool:
+    if run.operator is not None and not run.driven:
+        run.driven = run.operator.observe(run.env, run.env.steps)
+    if run.driven:
+        return False
+    return run.chunk is None or run.cursor >= execute
+
+
+def _replan(policy: ActionPolicy | None, runs: list[_Running]) -> None:
+    assert policy is not None  # _check
+    observations = np.stack([run.observations[-1] for run in runs])
+    noise = np.stack([run.rng.standard_normal((policy.horizon, ACTION_DIM), np.float32) for run in runs])
+    chunks = policy.act(observations, [run.env.instruction for run in runs], noise)
+    if chunks.shape != noise.shape:
+        raise ConfigError(f"the policy gave actions {chunks.shape}, not {noise.shape}", "use a policy of this fleet")
+    for run, chunk in zip(runs, chunks, strict=True):
+        run.chunk, run.cursor = np.asarray(chunk, np.float32), 0
+
+
+def _step(run: _Running) -> Outcome | None:
+    if run.driven:
+        assert run.operator is not None
+        action = run.operator.act(run.env)
+    else:
+        assert run.chunk is not None  # _needs_plan
+        action = run.chunk[run.cursor]
+        run.cursor += 1
+        if run.job.perturbation:
+            drawn = run.rng.standard_normal(ACTION_DIM) * run.job.perturbation
+            run.disturbance = NOISE_CORRELATION * run.disturbance + np.sqrt(1 - NOISE_CORRELATION**2) * drawn
+            action = action + run.disturbance.astype(np.float32)
+    action = np.clip(action, -1.0, 1.0).astype(np.float32)  # recorded as executed
+    observation, reward, terminated, truncated, info = run.env.step(action)
+    run.observations.append(observation)
+    run.actions.append(action)
+    run.rewards.append(reward)
+    run.intervention.append(run.driven)
+    if terminated:
+        return "success" if info["success"] else "failure"
+    return "time_limit" if truncated else None
+
+
+def _finish(run: _Running, outcome: Outcome, policy: ActionPolicy | None, source: Source, robot_id: str) -> Episode:
+    steps = len(run.actions)
+    flagged = np.array(run.intervention, bool) & (source != "demo")
+    extra: dict[str, Any] = {"seed": run.job.seed}
+    if run.job.kind:
+        extra["kind"] = run.job.kind
+    if run.job.perturbation:
+        extra["perturbation"] = run.job.perturbation
+    if flagged.any():
+        extra["takeover_step"] = int(flagged.argmax())
+    return Episode(
+        episode_id=new_episode_id(),
+        robot_id=robot_id,
+        task=run.job.task,
+        instruction=run.env.instruction,
+        source=source,
+        outcome=outcome,
+        policy_version=policy.version if policy is not None else None,
+        observations=np.stack(run.observations),
+        actions=np.stack(run.actions),
+        rewards=np.array(run.rewards, np.float32),
+        intervention=flagged,
+        timestamps=np.arange(steps + 1, dtype=np.float64) * CONTROL_PERIOD,
+        substep_scores=run.env.substep_scores,
+        started_at=run.started_at,
+        extra=extra,
+    )

@@ -1,0 +1,226 @@
+"""Committing an episode: upload, verify from the store itself, move to its content address, commit and announce.
+
+Embedded here; a service wraps the same class for robots elsewhere. Every call may be repeated after a crash or a lost
+answer: one object, one row, one event.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from infra.catalog import Catalog, dialect
+from infra.catalog.schema import episodes, quarantine, snapshot_episodes
+from infra.crashpoints import crashpoint
+from infra.episode import SCHEMA_VERSION
+from infra.errors import ConfigError, ConflictError, CorruptDataError
+from infra.events import announce
+from infra.objects import ObjectStore, episode_key, incoming_key
+
+Status = Literal["unknown", "committed", "snapshot", "quarantined"]
+
+
+class Ingest:
+    """Takes finished episodes from robots.
+
+    Args:
+        catalog: where they are committed.
+        objects: where their bytes go.
+    """
+
+    def __init__(self, catalog: Catalog, objects: ObjectStore) -> None:
+        self._catalog = catalog
+        self._objects = objects
+
+    def submit(
+        self,
+        robot_id: str,
+        episode_id: str,
+        data: bytes | Path,
+        sha256: str,
+        size: int,
+        meta: Mapping[str, object] | None = None,
+    ) -> Status:
+        """Store and commit one episode; on return it is durable, whatever dies next.
+
+        Args:
+            robot_id: who ran it; must be what the episode says.
+            episode_id: 32 hex digits.
+            data: the object's bytes, or the file that holds them.
+            sha256: of the object, as the robot computed it.
+            size: of the object, bytes.
+            meta: `schema_version` (int), `produced_at` (seconds since the epoch), `trace_id` (str); each optional.
+
+        Returns:
+            Its status now: `committed`, or further if it was known already.
+
+        Raises:
+            ConfigError: an id, digest or meta value is malformed; nothing was stored.
+            CorruptDataError: what the store holds is not what was announced; submit again.
+            ConflictError: the id belongs to other bytes, or to another robot. Other bytes are kept in quarantine.
+            StorageFullError, UnavailableError: nothing was acknowledged; submit again later.
+        """
+        key = episode_key(sha256)
+        incoming_key(robot_id, episode_id)  # names are checked before anything else sees them
+        schema_version, produced_at, trace_id = _read_meta(meta or {})
+        known = self.status(episode_id, sha256)
+        if known != "unknown" and self._owner(episode_id) == (robot_id, sha256):
+            return known
+        self._store(robot_id, episode_id, data, sha256, size)
+        crashpoint("ingest.stored")
+        with self._catalog.begin() as connection:
+            row: dict[str, Any] = {
+                "episode_id": episode_id,
+                "robot_id": robot_id,
+                "key": key,
+                "sha256": sha256,
+                "size": size,
+                "schema_version": schema_version,
+                "trace_id": trace_id,
+            }
+            at = dialect.now(connection)
+            new = dialect.insert_if_absent(
+                connection,
+                episodes,
+                {**row, "produced_at": at if produced_at is None else produced_at, "committed_at": at},
+            )
+            crashpoint("ingest.episode_inserted")
+            conflict = None if new else self._known(connection, row)
+            if new or (conflict is None and _wanted_again(connection, episode_id, sha256)):
+                announce(connection, **row)
+            crashpoint("ingest.announced")
+        crashpoint("ingest.committed")
+        if conflict is not None:
+            raise conflict
+        return self.status(episode_id, sha256)
+
+    def status(self, episode_id: str, sha256: str | None = None) -> Status:
+        """How far an episode is. A spool may delete it at `snapshot` or `quarantined`, and sends it again at `unknown`.
+
+        Args:
+            episode_id: which.
+            sha256: of the spool's own copy: tells it from another robot's, or an altered, copy under the same id.
+        """
+        with self._catalog.read() as connection:
+            return _status(connection, episode_id, sha256)
+
+    def release(self, episode_id: str, sha256: str) -> None:
+        """Send an episode from quarantine through the checks again, after a contract or a check was mended.
+
+        Raises:
+            ConfigError: it is not in quarantine, or was removed from a snapshot (that is for good).
+        """
+        with self._catalog.begin() as connection:
+            held = connection.execute(
+                sa.select(quarantine.c.version).where(
+                    quarantine.c.episode_id == episode_id, quarantine.c.sha256 == sha256
+                )
+            ).first()
+            query = sa.select(episodes).where(episodes.c.episode_id == episode_id, episodes.c.sha256 == sha256)
+            episode = connection.execute(query).first()
+            if held is None or held.version is not None or episode is None:
+                raise ConfigError(
+                    f"episode {episode_id} ({sha256[:8]}…) cannot be released from quarantine",
+                    "release only what the coordinator refused; collect anew what was in a snapshot or in conflict",
+                )
+            _clear(connection, episode_id, sha256)
+            row = {name: value for name, value in episode._mapping.items() if not name.endswith("_at")}
+            announce(connection, **row)
+
+    def _store(self, robot_id: str, episode_id: str, data: bytes | Path, sha256: str, size: int) -> None:
+        incoming = self._objects.put_incoming(robot_id, episode_id, data)
+        crashpoint("ingest.uploaded")
+        try:
+            found = self._objects.verify(incoming)
+            if found != (size, sha256):
+                raise CorruptDataError(
+                    f"episode {episode_id} of {robot_id}: the store holds {found[0]} bytes with sha256 {found[1]}, "
+                    f"announced were {size} with {sha256}",
+                    "submit it again from the spool",
+                )
+            self._objects.promote(incoming, sha256)
+            crashpoint("ingest.promoted")
+        finally:
+            self._objects.delete(incoming)
+
+    def _owner(self, episode_id: str) -> tuple[str, str] | None:
+        with self._catalog.read() as connection:
+            row = connection.execute(sa.select(episodes).where(episodes.c.episode_id == episode_id)).first()
+            return None if row is None else (row.robot_id, row.sha256)
+
+    def _known(self, connection: sa.Connection, row: dict[str, Any]) -> ConflictError | None:
+        """The conflict between `row` and the episode that has its id, recorded in quarantine."""
+        owner = connection.execute(sa.select(episodes).where(episodes.c.episode_id == row["episode_id"])).one()
+        if owner.sha256 == row["sha256"]:
+            if owner.robot_id == row["robot_id"]:
+                return None
+            return ConflictError(
+                f"episode {row['episode_id']} belongs to robot {owner.robot_id}, not to {row['robot_id']}",
+                "give each robot its own spool; ids are random and never shared",
+            )
+        message = f"the id was committed with sha256 {owner.sha256} by {owner.robot_id}"
+        values = {
+            **{name: row[name] for name in ("episode_id", "sha256", "robot_id", "key")},
+            "stage": "conflict",
+            "reasons": [{"rule": "one digest per id", "severity": "block", "message": message}],
+            "created_at": dialect.now(connection),
+        }
+        dialect.insert_if_absent(connection, quarantine, values)
+        return ConflictError(
+            f"episode {row['episode_id']}: {message}; the copy with {row['sha256']} is in quarantine",
+            "never change an episode after it is closed: record a new one with an id of its own",
+        )
+
+
+def _status(connection: sa.Connection, episode_id: str, sha256: str | None) -> Status:
+    mine = sa.true() if sha256 is None else episodes.c.sha256 == sha256
+    row = connection.execute(
+        sa.select(episodes.c.sha256, snapshot_episodes.c.added, snapshot_episodes.c.removed)
+        .outerjoin(snapshot_episodes, snapshot_episodes.c.episode_id == episodes.c.episode_id)
+        .where(episodes.c.episode_id == episode_id, mine)
+    ).first()
+    digest = sha256 if row is None else row.sha256
+    held = connection.execute(
+        sa.select(quarantine.c.stage).where(quarantine.c.episode_id == episode_id, quarantine.c.sha256 == digest)
+    ).scalar()
+    if held is not None:
+        return "unknown" if held == "store" else "quarantined"
+    if row is None:
+        return "unknown"
+    return "committed" if row.added is None else "snapshot"
+
+
+def _wanted_again(connection: sa.Connection, episode_id: str, sha256: str) -> bool:
+    """Whether the object had been lost from the store; it is back now, so the quarantine row goes."""
+    stage = connection.execute(
+        sa.select(quarantine.c.stage).where(quarantine.c.episode_id == episode_id, quarantine.c.sha256 == sha256)
+    ).scalar()
+    if stage != "store":
+        return False
+    _clear(connection, episode_id, sha256)
+    return True
+
+
+def _clear(connection: sa.Connection, episode_id: str, sha256: str) -> None:
+    connection.execute(quarantine.delete().where(quarantine.c.episode_id == episode_id, quarantine.c.sha256 == sha256))
+
+
+def _read_meta(meta: Mapping[str, object]) -> tuple[int, float | None, str]:
+    fix = "send schema_version (int), produced_at (seconds since the epoch) and trace_id (up to 64 characters)"
+    if unknown := meta.keys() - {"schema_version", "produced_at", "trace_id"}:
+        raise ConfigError(f"unknown meta field {sorted(unknown)[0]!r}", fix)
+    version, produced, trace = meta.get("schema_version"), meta.get("produced_at"), meta.get("trace_id")
+    if version is None:
+        version = SCHEMA_VERSION
+    if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**31:
+        raise ConfigError(f"meta field 'schema_version' is {version!r}", fix)
+    if produced is not None and (not isinstance(produced, int | float) or not math.isfinite(produced)):
+        raise ConfigError(f"meta field 'produced_at' is {produced!r}", fix)
+    if trace is not None and (not isinstance(trace, str) or not 0 < len(trace) <= 64):
+        raise ConfigError(f"meta field 'trace_id' is {trace!r}", fix)
+    return version, None if produced is None else float(produced), trace or uuid.uuid4().hex

@@ -1,0 +1,208 @@
+"""Publishing policies: objects first, then the row and its announcement in one transaction.
+
+A robot reads announcements through a `PolicySource`; `CatalogPolicySource` is the one of the local profile, where
+robots share the machine with the catalog.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from infra.catalog import Catalog, schema
+from infra.catalog.dialect import now
+from infra.crashpoints import crashpoint
+from infra.errors import ConfigError, UnavailableError
+from infra.objects import ObjectStore
+from infra.policy.announcement import Announcement, Kind, bundle_prefix
+from infra.policy.artifact import ARCHITECTURE, MANIFEST, SIGNATURE, Manifest, seal
+from infra.policy.keys import Signer
+
+_TRIES = 20
+
+
+def announce(
+    connection: sa.Connection, signer: Signer, *, cohort: str, version: int, kind: Kind, manifest_sha256: str
+) -> Announcement:
+    """Append a signed announcement inside the caller's write transaction."""
+    last = connection.execute(sa.select(sa.func.max(schema.announcements.c.seq))).scalar_one()
+    unsigned = Announcement((last or 0) + 1, cohort, version, kind, manifest_sha256, round(now(connection), 6))
+    signature = signer.sign(unsigned.statement())
+    connection.execute(
+        sa.insert(schema.announcements).values(
+            seq=unsigned.seq,
+            cohort=cohort,
+            version=version,
+            kind=kind,
+            manifest_key=f"{bundle_prefix(manifest_sha256)}/{MANIFEST}",
+            authorisation={"manifest_sha256": manifest_sha256, "signature": signature},
+            created_at=unsigned.created_at,
+        )
+    )
+    return Announcement(**{**vars(unsigned), "signature": signature})
+
+
+class PolicyPublisher:
+    """The learner's end of the channel.
+
+    Args:
+        catalog, objects: where policies are announced and where their files lie.
+        signer: the deployment's signing key.
+    """
+
+    def __init__(self, catalog: Catalog, objects: ObjectStore, signer: Signer) -> None:
+        self._catalog = catalog
+        self._objects = objects
+        self._signer = signer
+
+    def publish(
+        self,
+        bundle: Path,
+        *,
+        snapshot_version: int = 0,
+        parent: int | None = None,
+        cohort: str | None = "learning",
+        proposer: str = "learner",
+        details: dict[str, Any] | None = None,
+    ) -> int:
+        """Seal, upload and announce a bundle; returns its version.
+
+        A process that dies before the transaction leaves objects that nothing refers to; after it, the policy is
+        announced. There is no state in between.
+
+        Args:
+            bundle: folder with `policy.safetensors` and `architecture.json`; its manifest is written there.
+            snapshot_version: data snapshot that the learner had read; 0 before any.
+            parent: version that it was trained on from.
+            cohort: robots that follow it at once; None registers it without an announcement.
+            details: JSON values kept with the policy (losses, updates), for people.
+
+        Raises:
+            ConfigError: the bundle is incomplete, or the cohort is unknown.
+            UnavailableError: other publishers took every version that was tried.
+        """
+        normaliser = _normaliser_sha256(bundle)
+        for _ in range(_TRIES):
+            version = self._next_version()
+            manifest = seal(
+                bundle,
+                self._signer,
+                version=version,
+                parent=parent,
+                snapshot_version=snapshot_version,
+                cohort=cohort or "learning",
+                normaliser_sha256=normaliser,
+            )
+            prefix = bundle_prefix(manifest.digest)
+            for name in (*manifest.files, SIGNATURE, MANIFEST):  # the manifest last: it says that the rest is there
+                self._objects.put(f"{prefix}/{name}", (bundle / name).read_bytes())
+            crashpoint("policy.objects_stored")
+            if self._commit(manifest, cohort, proposer, details):
+                crashpoint("policy.announced")
+                return version
+        raise UnavailableError(f"{_TRIES} versions were taken by other publishers", "run one learner per deployment")
+
+    def _next_version(self) -> int:
+        with self._catalog.read() as connection:
+            return _last_version(connection) + 1
+
+    def _commit(self, manifest: Manifest, cohort: str | None, proposer: str, details: dict[str, Any] | None) -> bool:
+        with self._catalog.begin() as connection:
+            if _last_version(connection) + 1 != manifest.version:
+                return False
+            connection.execute(
+                sa.insert(schema.policies).values(
+                    version=manifest.version,
+                    parent=manifest.parent,
+                    snapshot_version=manifest.snapshot_version,
+                    bundle_key=bundle_prefix(manifest.digest),
+                    manifest_sha256=manifest.digest,
+                    status="candidate",
+                    proposer=proposer,
+                    details=details or {},
+                    created_at=now(connection),
+                )
+            )
+            crashpoint("policy.row_inserted")
+            if cohort is not None:
+                announce(
+                    connection,
+                    self._signer,
+                    cohort=cohort,
+                    version=manifest.version,
+                    kind="publish",
+                    manifest_sha256=manifest.digest,
+                )
+        return True
+
+
+class CatalogPolicySource:
+    """Announcements and objects straight from the catalog and the store: a `subscriber.PolicySource`."""
+
+    def __init__(self, catalog: Catalog, objects: ObjectStore) -> None:
+        self._catalog = catalog
+        self._objects = objects
+
+    def announcements(self, cohort: str, after: int) -> Sequence[Announcement]:
+        """The cohort's announcements beyond position `after`, in order. Nothing is believed here: robots verify."""
+        table = schema.announcements
+        with self._catalog.read() as connection:
+            rows = connection.execute(
+                sa.select(table).where(table.c.cohort == cohort, table.c.seq > after).order_by(table.c.seq)
+            ).mappings()
+            return [_parse(row) for row in rows]
+
+    def fetch(self, key: str) -> bytes:
+        """The bytes of a policy's object."""
+        return self._objects.get(key)
+
+
+def fetch_bundle(objects: ObjectStore, catalog: Catalog, version: int, target: Path) -> Path:
+    """Copy a published policy's files from the store into the folder `target`, for evaluation.
+
+    Raises:
+        ConfigError: there is no such version.
+    """
+    with catalog.read() as connection:
+        row = connection.execute(
+            sa.select(schema.policies.c.bundle_key).where(schema.policies.c.version == version)
+        ).first()
+    if row is None:
+        raise ConfigError(f"there is no policy {version}", "list them with `lwd policies`")
+    target.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest.parse(objects.get(f"{row.bundle_key}/{MANIFEST}"), f"policy {version}")
+    for name in (*manifest.files, SIGNATURE, MANIFEST):
+        (target / name).write_bytes(objects.get(f"{row.bundle_key}/{name}"))
+    return target
+
+
+def _normaliser_sha256(bundle: Path) -> str | None:
+    try:
+        architecture = json.loads((bundle / ARCHITECTURE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"policy bundle {bundle} has no readable {ARCHITECTURE}", "export it with lwd_model.bundle.export_bundle"
+        ) from error
+    digest = architecture.get("normaliser") if isinstance(architecture, dict) else None
+    return None if digest is None else str(digest)
+
+
+def _last_version(connection: sa.Connection) -> int:
+    return connection.execute(sa.select(sa.func.max(schema.policies.c.version))).scalar_one() or 0
+
+
+def _parse(row: Any) -> Announcement:
+    authorisation = row["authorisation"] or {}
+    return Announcement(
+        seq=row["seq"],
+        cohort=row["cohort"],
+        version=row["version"],
+        kind=row["kind"],
+        manifest_sha256=str(authorisation.get("manifest_sha256", "")),
+        created_at=row["created_at"],
+        signature=str(authorisation.get("signature", "")),
+    )

@@ -1,0 +1,275 @@
+"""Which policy is the champion: aliases, promotion, refusal, rollback. One transaction each, announcement included.
+
+Aliases: `champion` is what production robots run, `canary` the candidate on trial, `previous` what a rollback goes
+back to. Every decision is a row of the append-only `promotions` table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from infra.catalog import Catalog, schema
+from infra.catalog.dialect import now, upsert
+from infra.crashpoints import crashpoint
+from infra.errors import ConfigError, UntrustedPolicyError
+from infra.policy.announcement import Kind
+from infra.policy.card import ModelCard
+from infra.policy.channel import announce
+from infra.policy.keys import Signer
+
+Alias = Literal["champion", "canary", "previous"]
+_FOLLOWERS = ("production", "canary")  # cohorts that run the champion; `canary` runs a candidate while there is one
+
+
+class Registry:
+    """The policies of one deployment.
+
+    Args:
+        catalog: where they are recorded.
+        signer: signs the announcements.
+        approval: promotion needs an approver other than the proposer, who names the artifact's digest.
+        cards: folder for the model cards; None keeps them in the catalog only.
+    """
+
+    def __init__(self, catalog: Catalog, signer: Signer, *, approval: bool = False, cards: Path | None = None) -> None:
+        self._catalog = catalog
+        self._signer = signer
+        self._approval = approval
+        self._cards = cards
+
+    def alias(self, name: Alias) -> int | None:
+        """The version that an alias points at."""
+        with self._catalog.read() as connection:
+            return _alias(connection, name)
+
+    def policies(self) -> list[dict[str, Any]]:
+        """Every policy, newest first, with `aliases` (list of names) beside the columns of the table."""
+        with self._catalog.read() as connection:
+            aliases = connection.execute(sa.select(schema.aliases.c.name, schema.aliases.c.version)).all()
+            rows = connection.execute(sa.select(schema.policies).order_by(schema.policies.c.version.desc())).mappings()
+            return [dict(row) | {"aliases": [name for name, version in aliases if version == row["version"]]}
+                    for row in rows]  # fmt: skip
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every decision, oldest first."""
+        with self._catalog.read() as connection:
+            rows = connection.execute(sa.select(schema.promotions).order_by(schema.promotions.c.id)).mappings()
+            return [dict(row) for row in rows]
+
+    def register_candidate(self, version: int, *, proposer: str) -> None:
+        """Put a published policy on trial: alias `canary`, announced to the canary cohort.
+
+        Raises:
+            ConfigError: there is no such policy, it was refused, or it is not newer than the champion.
+        """
+        with self._catalog.begin() as connection:
+            policy = self._promotable(connection, version)
+            _point(connection, "canary", version)
+            self._record(connection, "canary", policy, _alias(connection, "champion"), {}, proposer, None)
+            self._announce(connection, ("canary",), policy, "publish")
+
+    def promote(
+        self,
+        version: int,
+        evidence: Mapping[str, Any],
+        *,
+        proposer: str = "gate",
+        approver: str | None = None,
+        approved_sha256: str | None = None,
+        known_failures: Sequence[str] = (),
+    ) -> ModelCard:
+        """Make a policy the champion and announce it to production.
+
+        Args:
+            version: the candidate.
+            evidence: JSON values of the gate's decision; `per_task` goes into the card's table.
+            proposer, approver: who asks and who agrees.
+            approved_sha256: manifest digest that the approver looked at; required where approval is.
+            known_failures: sentences for the card.
+
+        Raises:
+            ConfigError: no such policy, refused, not newer than the champion, or the approval is missing or the
+                proposer's own.
+            UntrustedPolicyError: the approval was given to another artifact.
+        """
+        self._check_approval(version, proposer, approver, approved_sha256)
+        with self._catalog.begin() as connection:
+            policy = self._promotable(connection, version)
+            if approved_sha256 is not None and approved_sha256 != policy.manifest_sha256:
+                raise UntrustedPolicyError(
+                    f"policy {version} has digest {policy.manifest_sha256[:16]}…, approved was {approved_sha256[:16]}…",
+                    "look at the policy again and approve the digest that it has",
+                )
+            champion = _alias(connection, "champion")
+            card = ModelCard(
+                version=version,
+                artifact_sha256=policy.manifest_sha256,
+                parent=policy.parent,
+                snapshot_version=policy.snapshot_version,
+                snapshot_digest=_snapshot_digest(connection, policy.snapshot_version),
+                evidence=dict(evidence),
+                proposer=proposer,
+                approver=approver,
+                rollback_target=champion,
+                promoted_at=now(connection),
+                known_failures=tuple(known_failures),
+            )
+            if champion is not None:
+                _point(connection, "previous", champion)
+                _set_status(connection, champion, "retired")
+            _point(connection, "champion", version)
+            _drop(connection, "canary")
+            _set_status(connection, version, "champion")
+            self._record(connection, "promote", policy, champion, {"card": card.as_dict()}, proposer, approver)
+            crashpoint("registry.promoted")
+            self._announce(connection, _FOLLOWERS, policy, "promote")
+        crashpoint("registry.promotion_announced")
+        if self._cards is not None:
+            card.write(self._cards)
+        return card
+
+    def refuse(self, version: int, evidence: Mapping[str, Any], *, proposer: str = "gate") -> None:
+        """Refuse a candidate for good; canary robots that ran it are sent back to the champion.
+
+        Raises:
+            ConfigError: no such policy, or it is the champion (roll back instead).
+        """
+        with self._catalog.begin() as connection:
+            policy = _policy(connection, version)
+            champion = _alias(connection, "champion")
+            if version == champion:
+                raise ConfigError(f"policy {version} is the champion", "take it back with `lwd rollback`")
+            _set_status(connection, version, "refused")
+            self._record(connection, "refuse", policy, champion, dict(evidence), proposer, None)
+            if _alias(connection, "canary") == version:
+                _drop(connection, "canary")
+                if champion is not None:
+                    self._announce(connection, ("canary",), _policy(connection, champion), "rollback")
+
+    def rollback(self, *, actor: str, reason: str) -> int:
+        """Make the previous champion the champion again, by signed rollback; returns its version.
+
+        The alias `previous` then points at the champion before that one, or is gone.
+
+        Raises:
+            ConfigError: there is nothing to go back to.
+        """
+        with self._catalog.begin() as connection:
+            champion, target = _alias(connection, "champion"), _alias(connection, "previous")
+            if champion is None or target is None:
+                raise ConfigError("there is no previous champion to roll back to", "promote another policy instead")
+            policy = _policy(connection, target)
+            earlier = connection.execute(
+                sa.select(schema.promotions.c.from_version)
+                .where(schema.promotions.c.version == target, schema.promotions.c.decision == "promote")
+                .order_by(schema.promotions.c.id.desc())
+                .limit(1)
+            ).scalar()
+            _point(connection, "champion", target)
+            _set_status(connection, champion, "rolled back")
+            _set_status(connection, target, "champion")
+            if earlier is None:
+                _drop(connection, "previous")
+            else:
+                _point(connection, "previous", earlier)
+            _drop(connection, "canary")
+            self._record(connection, "rollback", policy, champion, {"reason": reason}, actor, None)
+            crashpoint("registry.rolled_back")
+            self._announce(connection, _FOLLOWERS, policy, "rollback")
+        return target
+
+    def _check_approval(self, version: int, proposer: str, approver: str | None, approved: str | None) -> None:
+        if approver is not None and approver == proposer:
+            raise ConfigError(f"{proposer} proposed policy {version} and cannot approve it", "ask someone else")
+        if self._approval and (approver is None or approved is None):
+            raise ConfigError(
+                f"policy {version} needs an approver and the digest that was approved",
+                "give --approver and --digest (see `lwd policies`), or set LWD_APPROVAL=false",
+            )
+
+    def _promotable(self, connection: sa.Connection, version: int) -> Any:
+        policy = _policy(connection, version)
+        champion = _alias(connection, "champion")
+        if policy.status == "refused":
+            raise ConfigError(f"policy {version} was refused", "publish a new one")
+        if champion is not None and version <= champion:
+            raise ConfigError(
+                f"policy {version} is not newer than the champion, {champion}",
+                "use `lwd rollback` to go back; robots refuse a lower version otherwise",
+            )
+        return policy
+
+    def _announce(self, connection: sa.Connection, cohorts: Sequence[str], policy: Any, kind: Kind) -> None:
+        for cohort in cohorts:
+            if kind == "promote" and cohort == "canary" and _last_announced(connection, cohort) > policy.version:
+                kind = "rollback"  # a newer candidate was on trial there: going back to the champion must be allowed
+            announce(
+                connection,
+                self._signer,
+                cohort=cohort,
+                version=policy.version,
+                kind=kind,
+                manifest_sha256=policy.manifest_sha256,
+            )
+
+    def _record(
+        self,
+        connection: sa.Connection,
+        decision: str,
+        policy: Any,
+        from_version: int | None,
+        evidence: dict[str, Any],
+        proposer: str,
+        approver: str | None,
+    ) -> None:
+        connection.execute(
+            sa.insert(schema.promotions).values(
+                version=policy.version,
+                from_version=from_version,
+                decision=decision,
+                evidence=evidence,
+                proposer=proposer,
+                approver=approver,
+                artifact_sha256=policy.manifest_sha256,
+                created_at=now(connection),
+            )
+        )
+
+
+def _policy(connection: sa.Connection, version: int) -> Any:
+    row = connection.execute(sa.select(schema.policies).where(schema.policies.c.version == version)).first()
+    if row is None:
+        raise ConfigError(f"there is no policy {version}", "list them with `lwd policies`")
+    return row
+
+
+def _alias(connection: sa.Connection, name: str) -> int | None:
+    return connection.execute(sa.select(schema.aliases.c.version).where(schema.aliases.c.name == name)).scalar()
+
+
+def _last_announced(connection: sa.Connection, cohort: str) -> int:
+    table = schema.announcements
+    query = sa.select(table.c.version).where(table.c.cohort == cohort).order_by(table.c.seq.desc()).limit(1)
+    return connection.execute(query).scalar() or 0
+
+
+def _point(connection: sa.Connection, name: str, version: int) -> None:
+    upsert(connection, schema.aliases, {"name": name, "version": version, "updated_at": now(connection)})
+
+
+def _drop(connection: sa.Connection, name: str) -> None:
+    connection.execute(sa.delete(schema.aliases).where(schema.aliases.c.name == name))
+
+
+def _set_status(connection: sa.Connection, version: int, status: str) -> None:
+    connection.execute(sa.update(schema.policies).where(schema.policies.c.version == version).values(status=status))
+
+
+def _snapshot_digest(connection: sa.Connection, version: int) -> str | None:
+    return connection.execute(
+        sa.select(schema.snapshots.c.digest).where(schema.snapshots.c.version == version)
+    ).scalar()

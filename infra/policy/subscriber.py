@@ -1,0 +1,238 @@
+"""The robot's end of the policy channel: stage, verify, swap at the episode boundary, keep the last known good.
+
+What a robot has accepted lies in one small file that is replaced atomically, so that a robot killed anywhere comes
+back with the policy it had:
+
+    state.json              cohort, last announcement, policy wanted, active policy, previous policy
+    bundles/<version>-<digest>/   verified bundles: the active, the previous and a staged one
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from infra.errors import CorruptDataError, UntrustedPolicyError
+from infra.files import write_durably
+from infra.policy.announcement import Announcement, bundle_prefix
+from infra.policy.artifact import MANIFEST, SIGNATURE, Manifest, verify
+from infra.policy.keys import TrustStore, canonical_json
+
+_KEPT = "the last policy that was good stays in use"
+_DIGEST = re.compile(r"^[0-9a-f]{64}$")
+
+
+class PolicySource(Protocol):
+    """Where a robot asks for policies. It is not believed: signatures are."""
+
+    def announcements(self, cohort: str, after: int) -> Sequence[Announcement]:
+        """The cohort's announcements beyond position `after`, in order."""
+
+    def fetch(self, key: str) -> bytes:
+        """The bytes of a policy's object."""
+
+
+@dataclass(frozen=True)
+class PolicyRef:
+    """A policy by number and manifest digest."""
+
+    version: int
+    digest: str
+
+    @property
+    def folder(self) -> str:
+        return f"{self.version}-{self.digest[:16]}"
+
+
+@dataclass(frozen=True)
+class ActivePolicy:
+    """The policy a robot runs: its version, the folder of its verified bundle, and when it was announced (seconds
+    since the epoch, the catalog's clock)."""
+
+    version: int
+    bundle: Path
+    announced_at: float
+
+
+@dataclass(frozen=True)
+class _State:
+    cohort: str
+    seq: int = 0
+    wanted: PolicyRef | None = None
+    active: PolicyRef | None = None
+    previous: PolicyRef | None = None
+    announced_at: float = 0.0
+
+
+class PolicySubscriber:
+    """Follows the announcements to one cohort.
+
+    Args:
+        root: the robot's folder for policies.
+        cohort: `learning`, `canary` or `production`; a robot that changes cohort starts anew there.
+        source: where to ask.
+        trust: the keys that may sign.
+
+    Raises:
+        UntrustedPolicyError: the state file is not one that a subscriber wrote.
+    """
+
+    def __init__(self, root: Path, cohort: str, source: PolicySource, trust: TrustStore) -> None:
+        self._root = Path(root)
+        self._bundles = self._root / "bundles"
+        self._bundles.mkdir(parents=True, exist_ok=True)
+        self._cohort = cohort
+        self._source = source
+        self._trust = trust
+        self._staged: PolicyRef | None = None
+        self._state = self._load()
+        self._fall_back()
+
+    @property
+    def active(self) -> ActivePolicy | None:
+        """The policy in use; None before the first."""
+        ref = self._state.active
+        return ActivePolicy(ref.version, self._bundles / ref.folder, self._state.announced_at) if ref else None
+
+    @property
+    def staged(self) -> ActivePolicy | None:
+        """The verified policy that the next boundary will activate."""
+        ref = self._staged
+        return ActivePolicy(ref.version, self._bundles / ref.folder, self._state.announced_at) if ref else None
+
+    def poll(self) -> int | None:
+        """Take in new announcements and stage the policy they lead to; returns the staged version, if any.
+
+        However many were missed, only the last policy is fetched. The active policy does not change here.
+
+        Raises:
+            UntrustedPolicyError: an announcement or the artifact was refused; what could be accepted was, and the
+                active policy stays.
+            UnavailableError: the source did not answer; ask again later.
+        """
+        refused = self._take_in(self._source.announcements(self._cohort, self._state.seq))
+        wanted = self._state.wanted
+        if wanted is not None and wanted == self._state.active:
+            self._staged = None
+        elif wanted is not None and wanted != self._staged:
+            self._staged = None
+            self._stage(wanted)
+            self._staged = wanted
+        if refused is not None:
+            raise refused
+        return self._staged.version if self._staged else None
+
+    def activate_at_boundary(self) -> ActivePolicy | None:
+        """Swap to the staged policy, if any, and return the active one. Call between episodes only."""
+        if self._staged is not None:
+            self._save(replace(self._state, active=self._staged, previous=self._state.active))
+            self._staged = None
+            self._prune()
+        return self.active
+
+    def _take_in(self, announcements: Sequence[Announcement]) -> UntrustedPolicyError | None:
+        refused: UntrustedPolicyError | None = None
+        state = self._state
+        for said in announcements:
+            name = f"announcement {said.seq} of policy {said.version} to {said.cohort}"
+            try:
+                self._trust.verify(said.statement(), said.signature, name)
+                if said.cohort != state.cohort:
+                    raise UntrustedPolicyError(f"{name} is not for cohort {state.cohort}", _KEPT)
+                if said.seq <= state.seq:
+                    raise UntrustedPolicyError(f"{name} is a replay: {state.seq} was accepted already", _KEPT)
+                if not _DIGEST.match(said.manifest_sha256):
+                    raise UntrustedPolicyError(f"{name} names no manifest digest", _KEPT)
+            except UntrustedPolicyError as error:
+                refused = error  # not taken in: a forged number must not hide the announcements that follow
+                continue
+            state = replace(state, seq=said.seq)
+            if said.kind != "rollback" and state.wanted is not None and said.version < state.wanted.version:
+                refused = UntrustedPolicyError(
+                    f"{name} would go back from version {state.wanted.version} without a signed rollback",
+                    "roll back with `lwd rollback`; " + _KEPT,
+                )
+                continue
+            wanted = PolicyRef(said.version, said.manifest_sha256)
+            if wanted != state.wanted:
+                state = replace(state, wanted=wanted, announced_at=said.created_at)
+        if state != self._state:
+            self._save(state)
+        return refused
+
+    def _stage(self, wanted: PolicyRef) -> None:
+        target = self._bundles / wanted.folder
+        if target.exists():
+            try:
+                self._check(target, wanted)
+                return
+            except UntrustedPolicyError:  # damaged on this disk: fetch it again
+                shutil.rmtree(target)
+        aside = self._root / "staging"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        prefix = bundle_prefix(wanted.digest)
+        try:
+            data = self._source.fetch(f"{prefix}/{MANIFEST}")
+            manifest = Manifest.parse(data, f"manifest of policy {wanted.version}")
+            write_durably(aside / MANIFEST, data)
+            for name in (SIGNATURE, *manifest.files):
+                write_durably(aside / name, self._source.fetch(f"{prefix}/{name}"))
+        except (CorruptDataError, FileNotFoundError) as error:
+            raise UntrustedPolicyError(f"policy {wanted.version} cannot be fetched whole ({error})", _KEPT) from error
+        self._check(aside, wanted)
+        aside.rename(target)
+
+    def _check(self, bundle: Path, wanted: PolicyRef) -> None:
+        manifest = verify(bundle, self._trust)
+        if manifest.version != wanted.version or manifest.digest != wanted.digest:
+            raise UntrustedPolicyError(
+                f"{bundle.name} holds policy {manifest.version} ({manifest.digest[:16]}), not the announced "
+                f"{wanted.version} ({wanted.digest[:16]})",
+                _KEPT,
+            )
+
+    def _fall_back(self) -> None:
+        """At start: an active bundle that no longer verifies gives way to the previous one, or to none."""
+        for ref in (self._state.active, self._state.previous):
+            if ref is None:
+                continue
+            try:
+                self._check(self._bundles / ref.folder, ref)
+            except UntrustedPolicyError:
+                continue
+            if ref != self._state.active:
+                self._save(replace(self._state, active=ref, previous=None))
+            return
+        if self._state.active is not None:
+            self._save(replace(self._state, active=None, previous=None))
+
+    def _prune(self) -> None:
+        kept = {ref.folder for ref in (self._state.active, self._state.previous, self._state.wanted) if ref}
+        for folder in self._bundles.iterdir():
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _load(self) -> _State:
+        path = self._root / "state.json"
+        if not path.exists():
+            return _State(self._cohort)
+        try:
+            document = json.loads(path.read_bytes())
+            for name in ("wanted", "active", "previous"):
+                document[name] = PolicyRef(**document[name]) if document[name] else None
+            state = _State(**document)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UntrustedPolicyError(
+                f"{path} is not a subscriber's state ({error})", "move it away; the robot then starts as a new one"
+            ) from error
+        return state if state.cohort == self._cohort else _State(self._cohort)
+
+    def _save(self, state: _State) -> None:
+        write_durably(self._root / "state.json", canonical_json(asdict(state)))
+        self._state = state

@@ -1,0 +1,106 @@
+"""What every long-lived process shares: stopping cleanly, not outliving its parent, logging as JSON lines."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import random
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from infra.errors import ConfigError
+
+_PR_SET_PDEATHSIG = 1
+_SECRET = re.compile(
+    r"(?i)((?:x-amz-(?:signature|credential|security-token)|password|secret|token)=)[^&\s'\"]+|(://[^:/@\s]+:)[^@\s]+(?=@)"
+)
+
+
+def stop_on_signal() -> threading.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once. Main thread only."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return stop
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the kernel send this process `number` when its parent dies (Linux; elsewhere nothing happens)."""
+    parent = os.getppid()
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), number)
+
+
+def redact(text: str) -> str:
+    """The text without the secrets of presigned URLs, passwords in URLs, and `token=`-like values."""
+    return _SECRET.sub(lambda match: f"{match.group(1) or match.group(2)}***", text)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; fields given as `extra={"fields": {...}}` are merged in. Secrets are redacted."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "at": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "process": record.processName if record.processName != "MainProcess" else os.getpid(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            entry["error"] = self.formatException(record.exc_info)
+        return redact(json.dumps(entry, default=str))
+
+
+def log_to(folder: Path, name: str, level: int = logging.INFO) -> Path:
+    """Send this process's log to `<folder>/<name>.jsonl`, warnings to stderr too; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    file, console = logging.FileHandler(path), logging.StreamHandler()
+    file.setFormatter(JsonLines())
+    console.setFormatter(logging.Formatter(f"{name}: %(levelname)s %(message)s"))
+    console.setLevel(logging.WARNING)
+    root = logging.getLogger()
+    root.handlers[:] = [file, console]
+    root.setLevel(level)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return path
+
+
+def backoff(attempt: int, base_s: float = 0.1, cap_s: float = 10.0) -> float:
+    """Full-jitter exponential pause before try `attempt` + 1 (attempt counts from 0), seconds."""
+    return random.uniform(0, min(cap_s, base_s * 2.0**attempt))
+
+
+def load_callable(spec: str) -> Callable[..., Any]:
+    """The function named `module:function`.
+
+    Raises:
+        ConfigError: no such module or function.
+    """
+    module, _, name = spec.partition(":")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot load {spec!r}: {error}", "name it as package.module:function") from error
+    if not callable(target):
+        raise ConfigError(f"{spec!r} is not callable", "name a function")
+    return target

@@ -1,0 +1,176 @@
+"""The client: nothing leaves the spool before a snapshot or the quarantine holds it; resending changes nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from invariants import Plane, assert_i7_kept, open_plane
+from recording import record_episode
+
+from infra.catalog.schema import outbox
+from infra.edge.client import EdgeClient
+from infra.edge.spool import Spool
+from infra.errors import ConflictError, CorruptDataError, StorageFullError, UnavailableError
+
+
+class Server:
+    """An ingest service of which a test says how it behaves."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, str] = {}
+        self.submitted: list[str] = []
+        self.before_submit: Callable[[str], None] = lambda episode_id: None
+
+    def submit(self, robot_id: str, episode_id: str, data: bytes, sha256: str, size: int, meta: Any = None) -> object:
+        self.before_submit(episode_id)
+        self.submitted.append(episode_id)
+        self.states[episode_id] = "committed"
+        return "committed"
+
+    def status(self, episode_id: str, sha256: str | None = None) -> Any:
+        return self.states.get(episode_id, "unknown")
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def client(tmp_path: Path, server: Server) -> EdgeClient:
+    return EdgeClient("r0", Spool(tmp_path / "spool", max_bytes=2**20), server, poll_s=0.01)
+
+
+@pytest.mark.parametrize("final", ["snapshot", "quarantined"])
+def test_an_episode_leaves_the_spool_only_when_the_server_holds_it_for_good(
+    client: EdgeClient, server: Server, final: str
+) -> None:
+    episode_id = record_episode(client)
+    assert client.sync().sent == 1
+    report = client.sync()
+    assert (report.waiting, report.confirmed) == (1, 0) and len(client.spool.pending()) == 1
+    server.states[episode_id] = final
+    assert client.sync().confirmed == 1
+    assert client.spool.pending() == [] and server.submitted == [episode_id]
+
+
+def test_an_episode_that_the_server_lost_is_sent_again(client: EdgeClient, server: Server) -> None:
+    episode_id = record_episode(client)
+    client.sync()
+    server.states[episode_id] = "unknown"  # its object vanished: the reconciler wants it again
+    assert client.sync().sent == 1
+    assert server.submitted == [episode_id, episode_id]
+
+
+def test_trouble_with_one_episode_does_not_stop_the_others(client: EdgeClient, server: Server) -> None:
+    first, second = record_episode(client), record_episode(client)
+
+    def fail(episode_id: str) -> None:
+        if episode_id == first:
+            raise UnavailableError("the store answers 503", "wait")
+
+    server.before_submit = fail
+    report = client.sync()
+    assert (report.sent, report.failed) == (1, 1) and server.submitted == [second]
+    server.before_submit = lambda episode_id: None
+    assert client.sync().sent == 1 and set(server.submitted) == {first, second}
+
+
+def test_a_conflict_is_set_aside_and_kept(client: EdgeClient, server: Server) -> None:
+    record_episode(client)
+
+    def conflict(episode_id: str) -> None:
+        raise ConflictError("same id, other digest", "new id")
+
+    server.before_submit = conflict
+    assert client.sync().failed == 1
+    assert client.spool.pending() == [] and len(list((client.spool.root / "aside").iterdir())) == 1
+
+
+def test_a_corrupt_answer_is_tried_again(client: EdgeClient, server: Server) -> None:
+    """Row 5: an acknowledged PUT vanished, the service says so, the spool still has the bytes."""
+    record_episode(client)
+
+    def vanished(episode_id: str) -> None:
+        server.before_submit = lambda _: None
+        raise CorruptDataError("the store holds nothing", "submit again")
+
+    server.before_submit = vanished
+    assert client.sync().failed == 1
+    assert client.sync().sent == 1
+
+
+def test_a_full_spool_discards_the_open_attempt_and_says_so(tmp_path: Path, server: Server) -> None:
+    client = EdgeClient("r0", Spool(tmp_path, max_bytes=60_000), server)
+    kept = record_episode(client)
+    with pytest.raises(StorageFullError):
+        record_episode(client, steps=10_000)
+    assert [closed.episode_id for closed in client.spool.pending()] == [kept]
+    server.states[kept] = "snapshot"
+    client.sync()
+    record_episode(client)  # goes on by itself once there is room
+
+
+def test_the_background_thread_sends_while_the_robot_records(client: EdgeClient, server: Server) -> None:
+    client.start()
+    ids = [record_episode(client) for _ in range(3)]
+    _until(lambda: len(server.submitted) == 3)
+    server.states.update(dict.fromkeys(ids, "snapshot"))
+    _until(lambda: client.spool.pending() == [])
+    client.stop()
+    assert server.submitted == ids
+
+
+def test_stopping_reports_what_still_waits(client: EdgeClient, server: Server) -> None:
+    record_episode(client)
+    assert client.drain(0.05) == 1
+    server.states[server.submitted[0]] = "snapshot"
+    assert client.drain(0.05) == 0
+
+
+def _send_forever(home: Path, spool: Path) -> None:
+    plane = open_plane(home)
+    client = EdgeClient("r0", Spool(spool, max_bytes=2**24), plane.ingest)
+    while True:
+        record_episode(client)
+        client.sync()
+
+
+@pytest.mark.parametrize("after", [2, 5])
+def test_a_robot_killed_while_sending_loses_and_repeats_nothing(tmp_path: Path, after: int) -> None:
+    plane: Plane = open_plane(tmp_path)
+    process = multiprocessing.get_context("spawn").Process(target=_send_forever, args=(tmp_path, tmp_path / "spool"))
+    process.start()
+    _until(lambda: len(_committed(plane)) >= after, 30)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    spool = Spool(tmp_path / "spool", max_bytes=2**24)
+    spooled = {closed.episode_id: closed.sha256 for closed in spool.pending()}
+    client = EdgeClient("r0", spool, plane.ingest)
+    client.sync()
+    assert client.sync().waiting == len(spooled)
+    committed = _committed(plane)
+    assert len(committed) >= after and {i: s for i, s in committed if i in spooled} == spooled
+    assert len({episode_id for episode_id, _ in committed}) == len(committed)
+    assert_i7_kept(tmp_path, committed)
+
+
+def _committed(plane: Plane) -> list[tuple[str, str]]:
+    with plane.catalog.read() as connection:
+        return [(row.episode_id, row.sha256) for row in connection.execute(sa.select(outbox))]
+
+
+def _until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "did not come about"
+        time.sleep(0.01)

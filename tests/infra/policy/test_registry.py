@@ -1,0 +1,140 @@
+"""The registry: aliases, approval, refusal, rollback, and the card that each promotion leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from policies import Channel
+
+from infra.catalog import schema
+from infra.errors import ConfigError, UntrustedPolicyError
+from infra.policy.registry import Registry
+
+EVIDENCE = {
+    "verdict": "PASS",
+    "reasons": ["pooled: shown better"],
+    "per_task": {"S1": {"candidate": {"k": 45, "n": 50, "success": {"mean": 0.9, "low": 0.79, "high": 0.96}}}},
+}
+
+
+@pytest.fixture
+def channel(tmp_path: Path) -> Channel:
+    channel = Channel(tmp_path)
+    for _ in range(4):
+        channel.publish()
+    return channel
+
+
+def kinds(channel: Channel, cohort: str) -> list[tuple[str, int]]:
+    return [(said.kind, said.version) for said in channel.source.announcements(cohort, 0)]
+
+
+def aliases(registry: Registry) -> tuple[int | None, int | None, int | None]:
+    return registry.alias("champion"), registry.alias("previous"), registry.alias("canary")
+
+
+def test_promotion_moves_the_aliases_and_tells_production(channel: Channel) -> None:
+    registry = channel.registry
+    registry.promote(1, EVIDENCE)
+    assert aliases(registry) == (1, None, None)
+    registry.register_candidate(3, proposer="learner")
+    assert aliases(registry) == (1, None, 3)
+    assert kinds(channel, "production") == [("promote", 1)]  # a candidate concerns the canaries only
+    registry.promote(3, EVIDENCE)
+    assert aliases(registry) == (3, 1, None)
+    assert kinds(channel, "production") == [("promote", 1), ("promote", 3)]
+    assert [(row["decision"], row["version"], row["from_version"]) for row in registry.history()] == [
+        ("promote", 1, None),
+        ("canary", 3, 1),
+        ("promote", 3, 1),
+    ]
+    assert [p["status"] for p in registry.policies()] == ["candidate", "champion", "candidate", "retired"]
+    assert [p["aliases"] for p in registry.policies()] == [[], ["champion"], [], ["previous"]]
+
+
+def test_rollback_goes_back_one_promotion_at_a_time(channel: Channel) -> None:
+    registry = channel.registry
+    for version in (1, 2, 4):
+        registry.promote(version, EVIDENCE)
+    assert registry.rollback(actor="ann", reason="drops the cube") == 2
+    assert aliases(registry) == (2, 1, None)
+    assert registry.rollback(actor="ann", reason="still") == 1
+    assert aliases(registry) == (1, None, None)
+    with pytest.raises(ConfigError, match="no previous champion"):
+        registry.rollback(actor="ann", reason="again")
+    assert kinds(channel, "production")[-2:] == [("rollback", 2), ("rollback", 1)]
+    registry.promote(3, EVIDENCE)
+    assert aliases(registry) == (3, 1, None)
+
+
+def test_row_34_a_refused_canary_goes_back_to_the_champion_alone(channel: Channel) -> None:
+    registry = channel.registry
+    canary, production = channel.robot("c", "canary"), channel.robot("p", "production")
+    registry.promote(1, EVIDENCE)
+    registry.register_candidate(2, proposer="learner")
+    for robot in (canary, production):
+        robot.poll()
+        robot.activate_at_boundary()
+    assert (canary.active.version, production.active.version) == (2, 1)  # type: ignore[union-attr]
+    registry.refuse(2, {"reasons": ["S1 worse"]})
+    assert canary.poll() == 1 and production.poll() is None
+    assert aliases(registry) == (1, None, None)
+    for again in (lambda: registry.promote(2, EVIDENCE), lambda: registry.register_candidate(2, proposer="x")):
+        with pytest.raises(ConfigError, match="was refused"):
+            again()
+
+
+def test_canaries_follow_a_promotion_below_the_candidate_on_trial(channel: Channel) -> None:
+    canary = channel.robot("c", "canary")
+    channel.registry.register_candidate(4, proposer="learner")
+    canary.poll()
+    canary.activate_at_boundary()
+    channel.registry.promote(3, EVIDENCE)
+    assert canary.poll() == 3
+
+
+def test_what_cannot_be_promoted(channel: Channel) -> None:
+    registry = channel.registry
+    registry.promote(2, EVIDENCE)
+    with pytest.raises(ConfigError, match="not newer than the champion"):
+        registry.promote(1, EVIDENCE)
+    with pytest.raises(ConfigError, match="no policy 9"):
+        registry.promote(9, EVIDENCE)
+    with pytest.raises(ConfigError, match="is the champion"):
+        registry.refuse(2, {})
+    assert aliases(registry) == (2, None, None)
+
+
+def test_approval_is_another_persons_and_binds_to_the_artifact(channel: Channel) -> None:
+    registry = Registry(channel.plane.catalog, channel.signer, approval=True)
+    digest = next(p["manifest_sha256"] for p in registry.policies() if p["version"] == 1)
+    with pytest.raises(ConfigError, match="needs an approver"):
+        registry.promote(1, EVIDENCE, proposer="ann")
+    with pytest.raises(ConfigError, match="cannot approve it"):
+        registry.promote(1, EVIDENCE, proposer="ann", approver="ann", approved_sha256=digest)
+    with pytest.raises(UntrustedPolicyError, match="approved was 00000000"):
+        registry.promote(1, EVIDENCE, proposer="ann", approver="bob", approved_sha256="0" * 64)
+    assert registry.alias("champion") is None and registry.history() == []
+    card = registry.promote(1, EVIDENCE, proposer="ann", approver="bob", approved_sha256=digest)
+    assert (card.approver, card.artifact_sha256) == ("bob", digest)
+
+
+def test_a_promotion_leaves_a_card(channel: Channel) -> None:
+    channel.registry.promote(1, EVIDENCE)
+    channel.registry.promote(2, EVIDENCE, approver="bob", known_failures=["misses the handle from the left"])
+    document = json.loads((channel.home / "cards" / "policy-00002.json").read_text())
+    assert (document["version"], document["rollback_target"], document["approver"]) == (2, 1, "bob")
+    assert document["evidence"] == EVIDENCE and document["snapshot_version"] == 0
+    text = (channel.home / "cards" / "policy-00002.md").read_text()
+    for wanted in ("# Policy 2", "0.9 [0.79, 0.96]", "| S1 |", "rollback target: policy 1", "misses the handle", "bob"):
+        assert wanted in text
+    assert channel.registry.history()[-1]["evidence"]["card"] == document
+
+
+def test_the_audit_cannot_be_rewritten(channel: Channel) -> None:
+    channel.registry.promote(1, EVIDENCE)
+    with pytest.raises(sa.exc.DBAPIError, match="append-only"), channel.plane.catalog.begin() as connection:
+        connection.execute(sa.update(schema.promotions).values(proposer="someone else"))

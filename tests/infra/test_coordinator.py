@@ -1,0 +1,358 @@
+"""The coordinator: every event ends once, in a snapshot or in quarantine, whatever is in it and whoever dies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from invariants import Plane, digest, example_episode, open_plane
+
+from infra.catalog import dialect
+from infra.catalog.schema import episodes, outbox, quarantine, snapshot_episodes
+from infra.coordinator import Coordinator
+from infra.episode import Episode, encode
+from infra.errors import ConflictError, LeaseLostError, UnavailableError
+from infra.events import Event, OutboxLog, announce
+from infra.objects import DirectoryStore
+from infra.reconcile import Reconciliation, reconcile
+
+
+@dataclass(frozen=True)
+class Violation:
+    rule: str
+    severity: str
+    message: str
+
+
+@pytest.fixture
+def plane(tmp_path: Path) -> Plane:
+    return open_plane(tmp_path)
+
+
+def accept(episode: Episode) -> Sequence[Violation]:
+    return []
+
+
+def coordinator(
+    plane: Plane, check: Callable[[Episode], Sequence[Violation]] = accept, **options: object
+) -> Coordinator:
+    values = {"objects": plane.objects, "events": OutboxLog(plane.catalog), "sleep": lambda seconds: None, **options}
+    return Coordinator(plane.catalog, check=check, **values)  # type: ignore[arg-type]
+
+
+def drain(worker: Coordinator) -> None:
+    while worker.step():
+        pass
+    worker.lease.release()
+
+
+def held(plane: Plane) -> dict[str, tuple[str, str]]:
+    """id -> (stage, all reasons) of what is in quarantine."""
+    with plane.catalog.read() as connection:
+        rows = list(connection.execute(sa.select(quarantine)))
+    return {row.episode_id: (row.stage, "; ".join(reason["message"] for reason in row.reasons)) for row in rows}
+
+
+def members(plane: Plane) -> set[int]:
+    return {int(m.episode_id, 16) for m in plane.snapshots.episodes(plane.snapshots.latest().version)}
+
+
+def test_micro_batches_become_snapshots(plane: Plane) -> None:
+    for number in range(5):
+        plane.submit(example_episode(number))
+    worker = coordinator(plane, micro_batch=2)
+    assert [worker.step() for _ in range(4)] == [2, 2, 1, 0]
+    assert [plane.snapshots.get(v).episodes for v in (1, 2, 3)] == [2, 4, 5]
+    assert plane.snapshots.latest().version == 3
+    assert plane.ingest.status(example_episode(1).episode_id) == "snapshot"
+
+
+def test_what_the_episode_says_is_kept_beside_it(plane: Plane) -> None:
+    episode = example_episode(1, task="L2", source="play", outcome="time_limit", policy_version=None)
+    episode.intervention[1:3] = True
+    plane.submit(episode)
+    drain(coordinator(plane, lambda episode: [Violation("short", "warn", "only 4 steps")]))
+    with plane.catalog.read() as connection:
+        row = connection.execute(sa.select(snapshot_episodes)).one()
+    assert (row.task, row.source, row.outcome, row.policy_version) == ("L2", "play", "time_limit", None)
+    assert (row.steps, row.interventions) == (4, 2)
+    assert row.warnings == [{"rule": "short", "severity": "warn", "message": "only 4 steps"}]
+
+
+@pytest.mark.parametrize("severity", ["block", "a severity of a newer contract"])
+def test_a_broken_rule_quarantines_that_episode_alone(plane: Plane, severity: str) -> None:
+    def check(episode: Episode) -> Sequence[Violation]:
+        rules = [Violation("range", "warn", "odd"), Violation("finite", severity, "NaN in actions")]
+        return rules if episode.episode_id.endswith("1") else []
+
+    for number in range(3):
+        plane.submit(example_episode(number))
+    drain(coordinator(plane, check))
+    assert members(plane) == {0, 2}
+    assert held(plane) == {f"{1:032x}": ("contract", "odd; NaN in actions")}
+    assert plane.ingest.status(f"{1:032x}") == "quarantined"
+
+
+def test_the_batch_check_sees_what_was_accepted(plane: Plane) -> None:
+    seen: list[list[str]] = []
+
+    def batch_check(batch: Sequence[Episode]) -> dict[str, list[Violation]]:
+        seen.append([episode.episode_id[-1] for episode in batch])
+        return {
+            batch[0].episode_id: [Violation("gx", "block", "range")],
+            batch[1].episode_id: [Violation("w", "warn", "m")],
+        }
+
+    for number in range(4):
+        plane.submit(example_episode(number))
+
+    def check(episode: Episode) -> Sequence[Violation]:
+        return [Violation("r", "block", "m")] if episode.episode_id.endswith("0") else []
+
+    drain(coordinator(plane, check, batch_check=batch_check))
+    assert seen == [["1", "2", "3"]]
+    assert members(plane) == {2, 3}
+
+
+@pytest.mark.parametrize("which", ["check", "batch_check"])
+def test_a_check_that_breaks_accepts_nothing_and_can_be_mended(plane: Plane, which: str) -> None:
+    def broken(_: object) -> list[Violation]:
+        raise ZeroDivisionError("in the check")
+
+    episode = example_episode(1)
+    plane.submit(episode)
+    drain(coordinator(plane, broken) if which == "check" else coordinator(plane, batch_check=broken))
+    assert "ZeroDivisionError" in held(plane)[episode.episode_id][1]
+    plane.ingest.release(episode.episode_id, digest(encode(episode)))
+    assert plane.ingest.status(episode.episode_id) == "committed"
+    drain(coordinator(plane))
+    assert members(plane) == {1} and held(plane) == {}
+
+
+def _submit_bytes(plane: Plane, number: int, data: bytes, **meta: object) -> None:
+    plane.ingest.submit("r0", f"{number:032x}", data, digest(data), len(data), meta)
+
+
+def test_poison_is_put_aside_with_its_reason_and_the_rest_goes_on(plane: Plane) -> None:
+    good = encode(example_episode(1))
+    _submit_bytes(plane, 2, b"not a tar")
+    _submit_bytes(plane, 3, good[: len(good) // 2])
+    _submit_bytes(plane, 4, good)  # says that it is episode 1
+    _submit_bytes(plane, 5, encode(example_episode(5, robot="r9")))
+    _submit_bytes(plane, 6, encode(example_episode(6)), schema_version=99)
+    _submit_bytes(plane, 7, encode(example_episode(7, schema_version=2)))
+    _submit_bytes(plane, 8, b"")
+    plane.submit(example_episode(9))
+    drain(coordinator(plane))
+    assert members(plane) == {9}
+    found = {int(identifier, 16): reason for identifier, reason in held(plane).items()}
+    stages = {number: stage for number, (stage, _) in found.items()}
+    assert stages == {2: "decode", 3: "decode", 4: "identity", 5: "identity", 6: "schema", 7: "identity", 8: "decode"}
+    assert "schema version 99" in found[6][1]
+    assert "'r9'" in found[5][1]
+
+
+def test_duplicates_and_reordering_give_one_set(plane: Plane) -> None:
+    """Faults 16 and 17: a log that repeats each event a hundred times, in another order each time."""
+
+    class Noisy(OutboxLog):
+        def poll(self, consumer: str, max_events: int) -> list[Event]:
+            events = super().poll(consumer, max_events)
+            return [event for n in range(100) for event in (events[::-1] if n % 2 else events)]
+
+    for number in range(6):
+        plane.submit(example_episode(number))
+    worker = coordinator(plane, events=Noisy(plane.catalog), micro_batch=3)
+    assert worker.step() == 300
+    drain(worker)
+    assert members(plane) == set(range(6))
+    assert plane.snapshots.latest().version == 2
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped", "truncated"])
+def test_an_object_lost_before_its_snapshot_is_asked_for_again(plane: Plane, damage: str) -> None:
+    """Faults 5 to 7: not in a snapshot, not dropped: the spool, which still has it, sends it again."""
+    episode = example_episode(1)
+    plane.submit(episode)
+    with plane.catalog.read() as connection:
+        path = plane.objects.root / connection.execute(sa.select(episodes.c.key)).scalar_one()
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:700] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+    drain(coordinator(plane))
+    assert members(plane) == set()
+    assert held(plane)[episode.episode_id][0] == "store"
+    assert plane.ingest.status(episode.episode_id) == "unknown"
+    assert plane.submit(episode) == "committed"
+    drain(coordinator(plane))
+    assert members(plane) == {1} and held(plane) == {}
+
+
+class Flaky(DirectoryStore):
+    """A store whose reads fail a number of times, by not answering or by half an answer."""
+
+    def __init__(self, root: Path, failures: int, unavailable: bool) -> None:
+        super().__init__(root)
+        self.failures, self.unavailable = failures, unavailable
+
+    def get(self, key: str) -> bytes:
+        data = super().get(key)
+        if self.failures:
+            self.failures -= 1
+            if self.unavailable:
+                raise UnavailableError("store: 503", "wait")
+            return data[:100]
+        return data
+
+
+def test_a_truncated_read_is_tried_again(plane: Plane) -> None:
+    plane.submit(example_episode(1))
+    drain(coordinator(plane, objects=Flaky(plane.objects.root, 4, unavailable=False)))
+    assert members(plane) == {1} and held(plane) == {}
+
+
+def test_a_store_that_is_away_stops_the_offsets_and_loses_nothing(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane.submit(example_episode(1))
+    worker = coordinator(plane, objects=Flaky(plane.objects.root, 3, unavailable=True))
+    with pytest.raises(UnavailableError):
+        worker.step()
+    assert plane.ingest.status(f"{1:032x}") == "committed"
+    stop = threading.Event()
+    monkeypatch.setattr("infra.coordinator.backoff", lambda attempt: 0.0)
+    step = worker.step
+
+    def step_and_stop() -> int:
+        if handled := step():
+            stop.set()
+        return handled
+
+    monkeypatch.setattr(worker, "step", step_and_stop)
+    worker.run(stop, poll_s=0.0)
+    assert members(plane) == {1}
+    coordinator(plane).step()  # run() gave the lease back
+
+
+def test_a_revoked_robot_is_refused_from_then_on(plane: Plane) -> None:
+    plane.submit(example_episode(1, robot="r1"), produced_at=100.0)
+    drain(coordinator(plane))
+    snapshot = plane.snapshots.revoke("r1", 50.0, 150.0, reason="miscalibrated", actor="steward")
+    assert (snapshot.version, snapshot.episodes) == (2, 0)
+    plane.submit(example_episode(2, robot="r1"), produced_at=120.0)  # late, from its spool
+    plane.submit(example_episode(3, robot="r1"), produced_at=160.0)
+    plane.submit(example_episode(4, robot="r2"), produced_at=120.0)
+    drain(coordinator(plane))
+    assert members(plane) == {3, 4}
+    assert held(plane)[f"{2:032x}"] == ("revoked", "r1 was revoked: miscalibrated")
+
+
+def test_a_conflicting_copy_never_reaches_a_snapshot(plane: Plane) -> None:
+    first, second = example_episode(1), example_episode(1, task="L1")
+    plane.submit(first)
+    with pytest.raises(ConflictError):
+        plane.submit(second)
+    drain(coordinator(plane))
+    version = plane.snapshots.latest().version
+    assert [m.sha256 for m in plane.snapshots.episodes(version)] == [digest(encode(first))]
+    assert plane.ingest.status(first.episode_id, digest(encode(second))) == "quarantined"
+    assert plane.ingest.status(first.episode_id, digest(encode(first))) == "snapshot"
+
+
+# --- two coordinators -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_coordinator_is_refused_and_told_by_whom(plane: Plane) -> None:
+    plane.submit(example_episode(1))
+    first = coordinator(plane, holder="first:1")
+    assert first.step() == 1
+    with pytest.raises(LeaseLostError, match="held by first:1"):
+        coordinator(plane).step()
+
+
+def test_a_stale_coordinator_cannot_write(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 23: stopped between reading and committing for longer than its lease, while another took over."""
+    clock = [1000.0]
+    monkeypatch.setattr(dialect, "now", lambda connection: clock[0])
+    plane.submit(example_episode(1))
+    plane.submit(example_episode(2))
+    other = coordinator(plane, holder="second:2", micro_batch=1)
+
+    def stopped_meanwhile(episode: Episode) -> Sequence[Violation]:
+        clock[0] += 60
+        other.step()
+        return []
+
+    stale = coordinator(plane, stopped_meanwhile, holder="first:1", micro_batch=1)
+    with pytest.raises(LeaseLostError, match="held by second:2"):
+        stale.step()
+    assert (members(plane), plane.snapshots.latest().version) == ({1}, 1)
+    drain(other)
+    assert members(plane) == {1, 2}
+    assert plane.snapshots.verify() == 2
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+def test_a_clock_that_jumps_changes_no_order(plane: Plane, monkeypatch: pytest.MonkeyPatch, skew: float) -> None:
+    """Fault 24."""
+    plane.submit(example_episode(1))
+    worker = coordinator(plane)
+    worker.step()
+    now = dialect.now
+    monkeypatch.setattr(dialect, "now", lambda connection: now(connection) + skew)
+    plane.submit(example_episode(2))
+    drain(worker)
+    assert [plane.snapshots.get(v).episodes for v in (1, 2)] == [1, 2]
+    assert plane.snapshots.verify() == 2
+
+
+# --- the reconciler ---------------------------------------------------------------------------------------------------
+
+
+def test_the_reconciler_announces_what_a_broker_lost(plane: Plane) -> None:
+    for number in range(3):
+        plane.submit(example_episode(number))
+    with plane.catalog.begin() as connection:
+        connection.execute(outbox.delete().where(outbox.c.episode_id != f"{1:032x}"))
+    drain(coordinator(plane))
+    assert members(plane) == {1}
+    assert reconcile(plane.catalog, plane.objects) == Reconciliation(0, 0, 0, 0)  # still within its grace
+    later = 2.0e10
+    assert reconcile(plane.catalog, plane.objects, now=later) == Reconciliation(2, 0, 0, 0)
+    drain(coordinator(plane))
+    assert members(plane) == {0, 1, 2}
+    assert reconcile(plane.catalog, plane.objects, now=later) == Reconciliation(0, 0, 0, 0)
+
+
+def test_the_reconciler_asks_for_lost_objects_and_sweeps_orphans(plane: Plane) -> None:
+    plane.submit(example_episode(1))
+    plane.submit(example_episode(2))
+    drain(coordinator(plane))
+    plane.submit(example_episode(3))
+    with plane.catalog.read() as connection:
+        key = connection.execute(sa.select(episodes.c.key).where(episodes.c.episode_id == f"{3:032x}")).scalar_one()
+    plane.objects.delete(key)
+    orphan = encode(example_episode(4))
+    plane.objects.promote(plane.objects.put_incoming("r0", f"{4:032x}", orphan), digest(orphan))
+    assert reconcile(plane.catalog, plane.objects, now=2.0e10) == Reconciliation(0, 1, 1, 1)
+    assert plane.ingest.status(f"{3:032x}") == "unknown"
+    for number in (3, 4):  # what their spools do
+        plane.submit(example_episode(number))
+    drain(coordinator(plane))
+    assert members(plane) == {1, 2, 3, 4}
+
+
+def test_an_event_without_its_row_is_passed_over(plane: Plane) -> None:
+    """A log restored to later than the catalog announces what was never committed here."""
+    claim = {"robot_id": "r0", "key": "episodes/00/x.tar", "sha256": "0" * 64, "size": 1, "trace_id": "t"}
+    with plane.catalog.begin() as connection:
+        announce(connection, episode_id=f"{1:032x}", schema_version=1, **claim)  # type: ignore[arg-type]
+    plane.submit(example_episode(2))
+    drain(coordinator(plane))
+    assert members(plane) == {2} and held(plane) == {}

@@ -33,7 +33,7 @@ def state_preset() -> AgentConfig:
 
 
 def plain_4x256() -> AgentConfig:
-    """For public numbers: plain networks of 4 hidden layers of 256 (the embedding and 3 more), everything on 256 states."""
+    """For public numbers: plain networks of 4 hidden layers of 256 (embedding and 3 more), all on 256 states."""
     return AgentConfig(
         PolicyConfig(OBS, ACTION, HORIZON, INSTRUCTIONS, kind="plain"),
         CriticConfig(kind="plain"),

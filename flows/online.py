@@ -213,3 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with deployment(Path(options.home)) as plane:
         print(json.dumps(asdict(summarise(plane, restarts))))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,7 +34,7 @@ from infra.fleet.tasks import (
 NOISE_CORRELATION = 0.8
 _BUDGET = {"button": 60, "drawer": 80, "window": 80, "cube": 140}  # control steps before planning again
 _CLEAR = {"button": 0.16, "drawer": 0.18, "window": 0.28, "cube": 0.16}  # metres: a hand this high is free to go on
-_STUCK = 6  # control steps without a centimetre of motion before a hand at a handle rises and tries again
+_STUCK = 6  # control steps without a centimetre of motion before a hand rises and tries again
 _TIGHT = 0.012  # metres: the expert moves slides closer to their ends than success asks
 _STOW = np.array([0.33, -0.24, 0.066])  # OGBench's centre of the open drawer
 
@@ -165,12 +165,14 @@ class Expert:
         return np.asarray(oracle.select_action(None, env.info | self._targets(env, subgoal)), np.float64)
 
     def _jammed(self, env: SceneEnv, subgoal: Subgoal) -> bool:
-        """Whether the fingers rest on top of a handle instead of around it (the oracles alone press on for ever)."""
+        """Whether the fingers rest on top of a handle or the cube instead of around it (oracles press on for ever)."""
         if np.abs(env.effector - self._anchor).max() > 0.01:
             self._anchor, self._still = env.effector, 0
         self._still += 1
-        if subgoal.kind not in ("drawer", "window") or self._still < _STUCK or self._reached(env, subgoal):
+        if subgoal.kind == "button" or self._still < _STUCK or self._reached(env, subgoal):
             return False
+        if subgoal.kind == "cube" and (env.facts.cube_in_drawer or np.linalg.norm(env.cube - env.effector) < 0.035):
+            return False  # at the cube: grasping or letting go takes its time
         self._still = 0
         return True
 

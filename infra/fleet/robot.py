@@ -61,6 +61,7 @@ class RobotConfig:
         episodes: closed episodes after which the robot ends, over all its lives; None for no end.
         cohort: whose policies it follows.
         drain_s: at the end, how long to wait for the spool to empty.
+        pace: multiple of real time at which episodes run; 0 is as fast as the machine can.
     """
 
     robot_id: str
@@ -71,6 +72,7 @@ class RobotConfig:
     episodes: int | None = None
     cohort: str = "learning"
     drain_s: float = 5.0
+    pace: float = 0.0
 
 
 class Robot:
@@ -112,7 +114,6 @@ class Robot:
         self._env = make_env()
         self._operator: Operator | None = TakeoverOperator(config.operator) if config.operator > 0 else None
         self._policy: ActionPolicy | None = None
-        self._bundle: Path | None = None
         self._unusable: Path | None = None
         self._told: tuple[object, ...] = ()
         self._told_at = 0.0
@@ -153,25 +154,35 @@ class Robot:
         """Between episodes: take the newest approved policy, tell the catalog that this robot lives."""
         try:
             self.subscriber.poll()
-            self._refusal = ""
+            if self._unusable is None:
+                self._refusal = ""
         except UntrustedPolicyError as error:
             if error.problem != self._refusal:  # once for each, not at every boundary
                 self._refusal = error.problem
                 _say("policy refused", logging.ERROR, problem=error.problem)
-        candidate = self.subscriber.staged or self.subscriber.active
-        if candidate is not None and candidate.bundle not in (self._bundle, self._unusable):
-            try:
-                policy = load_policy(candidate.bundle, version=candidate.version)
-            except LwdError as error:  # signed, but not for this robot: the last policy that was good stays
-                self._unusable, self._refusal = candidate.bundle, error.problem
-                _say("policy refused", logging.ERROR, problem=error.problem)
-            else:
+        staged, active = self.subscriber.staged, self.subscriber.active
+        if staged is not None and staged.bundle != self._unusable:
+            if self._load(staged):
                 self.subscriber.activate_at_boundary()
-                first = self._bundle is None
-                self._policy, self._bundle = policy, candidate.bundle
-                _say("policy", version=candidate.version)
-                self._measure(candidate, first)
+                self._unusable, self._refusal = None, ""
+            else:
+                self._unusable = staged.bundle
+        if self._policy is None and active is not None and active.bundle != self._unusable and not self._load(active):
+            self._unusable = active.bundle
         self._heartbeat()
+
+    def _load(self, candidate: ActivePolicy) -> bool:
+        """Make a verified policy the one that acts; False if it is not for this robot: what acted before goes on."""
+        try:
+            policy = load_policy(candidate.bundle, version=candidate.version)
+        except LwdError as error:
+            self._refusal = error.problem
+            _say("policy refused", logging.ERROR, problem=error.problem)
+            return False
+        first, self._policy = self._policy is None, policy
+        _say("policy", version=candidate.version)
+        self._measure(candidate, first)
+        return True
 
     def _episode(self, policy: ActionPolicy) -> None:
         number = self._started
@@ -188,7 +199,10 @@ class Robot:
         execute = self.config.execute or policy.horizon
         chunk, cursor, steps, takeover = np.empty((0, ACTION_DIM), np.float32), execute, 0, None
         outcome: Outcome | None = None
+        began = time.monotonic()
         while outcome is None:
+            if self.config.pace:
+                time.sleep(max(0.0, began + steps * CONTROL_PERIOD / self.config.pace - time.monotonic()))
             if takeover is None and operator is not None and operator.observe(env, steps):
                 takeover = steps
             if takeover is not None and operator is not None:
@@ -262,7 +276,7 @@ def robot_command(home: Path, config: RobotConfig) -> list[str]:
     """The command that runs this robot."""
     command = [sys.executable, "-m", "infra.fleet.robot", "--home", str(home), "--robot", config.robot_id]
     command += ["--tasks", ",".join(config.tasks), "--seed", str(config.seed), "--operator", str(config.operator)]
-    command += ["--cohort", config.cohort, "--drain", str(config.drain_s)]
+    command += ["--cohort", config.cohort, "--drain", str(config.drain_s), "--pace", str(config.pace)]
     if config.execute is not None:
         command += ["--execute", str(config.execute)]
     if config.episodes is not None:
@@ -306,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, help="end after so many closed episodes")
     parser.add_argument("--cohort", default="learning", choices=("learning", "canary", "production"))
     parser.add_argument("--drain", type=float, default=5.0, help="seconds to wait at the end for the spool to empty")
+    parser.add_argument("--pace", type=float, default=0.0, help="multiple of real time; 0 is as fast as possible")
     parser.add_argument("--die-with-parent", action="store_true", help="stop when the process that started this ends")
     options = parser.parse_args(arguments)
     if options.die_with_parent:
@@ -320,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         episodes=options.episodes,
         cohort=options.cohort,
         drain_s=options.drain,
+        pace=options.pace,
     )
     try:
         settings = load_settings(home=options.home)

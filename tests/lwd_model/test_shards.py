@@ -51,13 +51,9 @@ def test_a_damaged_shard_is_named_and_nothing_of_it_is_used(tmp_path, damage):
     data = bytearray(path.read_bytes())
     data[2000] ^= 1
     path.unlink() if damage == "remove" else path.write_bytes(bytes(data[:-700] if damage == "truncate" else data))
-    seen = []
+    seen: list[str] = []
     with pytest.raises(CorruptDataError, match=path.name):
-        seen += read_buffer(tmp_path)
-    seen = []
-    with pytest.raises(CorruptDataError):
-        for e in read_buffer(tmp_path):
-            seen.append(e.episode_id)
+        seen.extend(e.episode_id for e in read_buffer(tmp_path))
     assert seen == [e.episode_id for e in EPISODES[:2]]
 
 

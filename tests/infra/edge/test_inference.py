@@ -118,5 +118,6 @@ def test_another_format_is_refused(tmp_path):
 
 def test_a_robot_needs_no_torch(tmp_path):
     folder = make(tmp_path)[2]
-    code = f"import sys; from infra.edge.inference import load_policy; load_policy({str(folder)!r}); print('torch' in sys.modules)"
+    load = f"from infra.edge.inference import load_policy; load_policy({str(folder)!r})"
+    code = f"import sys; {load}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,453 @@
+"""Reads a contract: Open Data Contract Standard YAML in, typed rules out, typos refused.
+
+A quality entry of type `custom` and engine `lwd` is a rule. Its `implementation` names a check of `PARAMETERS` and
+that check's parameters; `severity` is `block` (quarantine) or `warn` (reported), and its custom property `owner` names
+who answers for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
+
+import pydantic
+import yaml
+from open_data_contract_standard.model import DataQuality, OpenDataContractStandard
+
+from infra.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "contracts"
+ENVIRONMENT = "LWD_CONTRACTS"
+SUFFIX = ".odcs.yaml"
+NAMES = ("episode", "transition", "offline_buffer")
+Severity = Literal["block", "warn"]
+SEVERITIES = ("block", "warn")
+
+_number, _text, _texts, _values, _map = (int, float), (str,), (list, "text"), (list,), (dict,)
+# check -> where it may stand ("field": on a property, "object": on the whole) and its parameters; True = required.
+PARAMETERS: dict[str, tuple[str, dict[str, tuple[Any, bool]]]] = {
+    "schema": ("object", {}),
+    "unique": ("object", {}),
+    "finite": ("field", {}),
+    "range": ("field", {"min": (_number, False), "max": (_number, False), "tolerance": (_number, False)}),
+    "allowed": ("field", {"values": (_values, True)}),
+    "pattern": ("field", {"pattern": (_text, True)}),
+    "increasing": ("field", {}),
+    "period": ("field", {"of": (_text, True), "nominal": (_number, True), "tolerance": (_number, True)}),
+    "reward_at_end": ("field", {}),
+    "intervention_by_source": ("object", {"never": (_texts, True)}),
+    "instruction_of_task": ("object", {}),
+    "steps_of_task": ("object", {}),
+    "substeps_of_task": ("object", {}),
+    "outcome_by_source": ("object", {"outcomes": (_map, True)}),
+    "outcome_reward": ("object", {}),
+    "policy_version_by_source": ("object", {"required": (_texts, False), "forbidden": (_texts, False)}),
+    "episodes": (
+        "object",
+        {"by": (_texts, False), "sources": (_texts, False), "min": (_number, False), "max": (_number, False)},
+    ),
+    "fraction": (
+        "object",
+        {"by": (_texts, True), "sources": (_texts, False), "min": (_number, False), "max": (_number, False)},
+    ),
+    "success_rate": ("object", {"sources": (_texts, False), "min": (_number, False), "max": (_number, False)}),
+}
+_BUFFER_CHECKS = {"unique", "episodes", "fraction", "success_rate"}
+_CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("period", "of"): ("mean", "each"),
+    ("episodes", "by"): ("task", "source"),
+    ("fraction", "by"): ("task", "source"),
+    **{
+        (check, parameter): ("demo", "rollout", "play", "online")
+        for check, parameter in (
+            ("intervention_by_source", "never"),
+            ("policy_version_by_source", "required"),
+            ("policy_version_by_source", "forbidden"),
+            ("episodes", "sources"),
+            ("fraction", "sources"),
+            ("success_rate", "sources"),
+            ("outcome_by_source", "outcomes"),
+        )
+    },
+}
+# The fields of an episode that a contract may speak of; the transition's are arrays.
+_FIELDS = {
+    "episode": {
+        "episode_id", "robot_id", "task", "instruction", "source", "outcome", "policy_version", "substep_scores",
+        "started_at", "schema_version",
+    },
+    "transition": {"observations", "actions", "rewards", "intervention", "timestamps"},
+    "offline_buffer": {"episode_id", "task", "source", "outcome"},
+}  # fmt: skip
+_LOGICAL_TYPES = ("string", "integer", "number", "boolean", "array", "object")
+_TASK_KEYS = {"key": str, "instruction": str, "substeps": int, "max_steps": int}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One column of a contract. `name` is the attribute of `infra.episode.Episode`, `label` the contract's word."""
+
+    name: str
+    label: str
+    kind: str
+    dtype: str
+    required: bool
+    description: str
+    unit: str = ""
+    rows: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One quality rule: what is checked, how bad a breach is, and who answers for it.
+
+    `field` is the attribute of the episode it speaks of, or None for the episode or the buffer as a whole.
+    """
+
+    id: str
+    check: str
+    severity: Severity
+    owner: str
+    description: str
+    field: str | None
+    parameters: Mapping[str, Any]
+    contract: str
+
+
+@dataclass(frozen=True)
+class TaskTerms:
+    """What the contract agrees on for one task: the instruction, its number of sub-steps and its limit in steps."""
+
+    key: str
+    instruction: str
+    substeps: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A contract and those it includes, ready for checking. Rules stand in the order of the files."""
+
+    name: str
+    version: str
+    path: Path
+    purpose: str
+    owner: str
+    fields: tuple[Field, ...]
+    rules: tuple[Rule, ...]
+    tasks: Mapping[str, TaskTerms]
+    action_dim: int
+    observation_dim: int | None
+
+    def rule(self, rule_id: str) -> Rule:
+        """The rule of that id; ConfigError naming the nearest one if there is none."""
+        for rule in self.rules:
+            if rule.id == rule_id:
+                return rule
+        ids = [rule.id for rule in self.rules]
+        raise ConfigError(f"{self.path} has no rule {rule_id!r}", f"use {_nearest(rule_id, ids)}")
+
+
+def contract_path(name_or_path: str | Path) -> Path:
+    """Where a contract is: an edited copy in LWD_CONTRACTS goes before the packaged one.
+
+    Raises:
+        ConfigError: no such contract or file, LWD_CONTRACTS is no folder, or a file in it has no contract's name.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")) or os.sep in text:
+        if not Path(text).is_file():
+            raise ConfigError(f"there is no contract file {text}", "give the path of an .odcs.yaml file")
+        return Path(text)
+    if text not in NAMES:
+        raise ConfigError(f"there is no contract {text!r}", f"use {_nearest(text, NAMES)}, or the path of a file")
+    if edited := os.environ.get(ENVIRONMENT):
+        folder = Path(edited)
+        if not folder.is_dir():
+            raise ConfigError(f"{ENVIRONMENT}={edited} is not a folder", f"make it, or unset {ENVIRONMENT}")
+        known = [name + SUFFIX for name in NAMES]
+        for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+            if file.name not in known:  # else a misspelt file would quietly leave the packaged contract in force
+                raise ConfigError(f"{file} is not the name of a contract", f"call it {_nearest(file.name, known)}")
+        if (folder / (text + SUFFIX)).is_file():
+            return folder / (text + SUFFIX)
+    return FOLDER / (text + SUFFIX)
+
+
+def load_contract(name_or_path: str | Path) -> Contract:
+    """Read and validate a contract: `episode` (includes the transition's rules), `transition`, `offline_buffer`.
+
+    Args:
+        name_or_path: one of `NAMES`, looked up in LWD_CONTRACTS first, or the path of a file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, breaks the standard, or has an unknown field, check or
+            parameter; it names the file, the line and the nearest valid name.
+    """
+    path = contract_path(name_or_path)
+    contract, includes = _Reader(path).contract()
+    for name in includes:
+        sibling = path.parent / (name + SUFFIX)
+        other, _ = _Reader(sibling if sibling.is_file() else contract_path(name)).contract()
+        contract = _merge(contract, other)
+    ids: dict[str, Rule] = {}
+    for rule in contract.rules:
+        if rule.id in ids:
+            raise ConfigError(f"{path}: two rules are called {rule.id!r}", "give each rule an id of its own")
+        ids[rule.id] = rule
+    return contract
+
+
+def _merge(contract: Contract, other: Contract) -> Contract:
+    return Contract(
+        name=contract.name,
+        version=contract.version,
+        path=contract.path,
+        purpose=contract.purpose,
+        owner=contract.owner,
+        fields=contract.fields + other.fields,
+        rules=contract.rules + other.rules,
+        tasks=contract.tasks,
+        action_dim=other.action_dim,
+        observation_dim=other.observation_dim,
+    )
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    """The nearest valid word for a message, or all of them if none is near."""
+    choices = sorted(valid)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return repr(near[0]) if near else "one of " + ", ".join(choices)
+
+
+class _Reader:
+    """Reads one file. Keeps the YAML's nodes, so that a message can name the line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            text = path.read_text(encoding="utf-8")
+            self.root = yaml.compose(text, Loader=yaml.SafeLoader)
+            self.raw = yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error})", "restore the contract file") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}:{mark.line + 1}" if mark else str(path)
+            problem = getattr(error, "problem", None) or "not readable as YAML"
+            raise ConfigError(f"{where} is not YAML: {problem}", "mend the indentation or the quotes there") from error
+        if not isinstance(self.raw, dict):
+            raise ConfigError(f"{path} is not a contract", "begin with `apiVersion:` and `kind: DataContract`")
+
+    def fail(self, at: tuple[str | int, ...], problem: str, fix: str) -> NoReturn:
+        """Raise for the entry at that place in the file."""
+        node, line = self.root, 1
+        for step in at:
+            if isinstance(node, yaml.MappingNode):
+                found = [(key, value) for key, value in node.value if key.value == step]
+                if not found:
+                    break
+                line, node = found[0][0].start_mark.line + 1, found[0][1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                node = node.value[step]
+                line = node.start_mark.line + 1
+            else:
+                break
+        raise ConfigError(f"{self.path}:{line}: {problem}", fix)
+
+    def contract(self) -> tuple[Contract, list[str]]:
+        """The contract of this file alone, and the names of those it includes."""
+        try:
+            model = OpenDataContractStandard.model_validate(self.raw)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            at = tuple(step for step in first["loc"] if isinstance(step, str | int))
+            self.fail(at, f"field {place!r}: {first['msg']}", "write it as the Open Data Contract Standard v3 says")
+        self._unknown_fields(self.raw, model, ())
+        for key in ("apiVersion", "kind", "id", "name", "version", "schema", "team"):
+            if not self.raw.get(key):
+                self.fail((), f"field {key!r} is missing", "copy it from the packaged contract")
+        if model.kind != "DataContract" or not str(model.apiVersion).startswith("v3."):
+            self.fail(("kind",), f"is {model.kind} {model.apiVersion}", "use kind DataContract, apiVersion v3.1.0")
+        if model.name not in NAMES:
+            self.fail(("name",), f"unknown contract {model.name!r}", f"use {_nearest(str(model.name), NAMES)}")
+        if len(self.raw["schema"]) != 1:
+            self.fail(("schema",), "has more than one object", "keep one object to a contract")
+        name = str(model.name)
+        custom = self._custom(name)
+        fields, rules = self._schema(name)
+        if name != "offline_buffer":
+            schema_rules = [rule for rule in rules if rule.check == "schema"]
+            if not schema_rules or schema_rules[0].severity != "block":
+                # every other check reads the fields and may only do so when they are of their types
+                self.fail(("schema", 0, "quality"), "no blocking rule has check: schema", "put the schema rule back")
+        team = self.raw["team"]
+        contract = Contract(
+            name=name,
+            version=str(model.version),
+            path=self.path,
+            purpose=str(model.description.purpose or "") if model.description else "",
+            owner=str(team["name"]) if isinstance(team, dict) and "name" in team else "",
+            fields=fields,
+            rules=rules,
+            tasks=self._tasks(custom.get("tasks", [])),
+            action_dim=int(custom.get("action_dim", 5)),
+            observation_dim=custom.get("observation_dim"),
+        )
+        if name == "episode" and not contract.tasks:
+            self.fail(("customProperties",), "no tasks are agreed on", "list them under the custom property `tasks`")
+        return contract, list(custom.get("includes", []))
+
+    def _unknown_fields(self, raw: Any, parsed: Any, at: tuple[str | int, ...]) -> None:
+        """The standard's model drops what it does not know; a typo must not pass as an absent field."""
+        if isinstance(parsed, pydantic.BaseModel) and isinstance(raw, dict):
+            valid = {info.alias or name: name for name, info in type(parsed).model_fields.items()}
+            for key, value in raw.items():
+                if key not in valid:
+                    self.fail((*at, key), f"unknown field {key!r}", f"use {_nearest(str(key), valid)}")
+                self._unknown_fields(value, getattr(parsed, valid[key]), (*at, key))
+        elif isinstance(parsed, list) and isinstance(raw, list):
+            for index, (one, other) in enumerate(zip(raw, parsed, strict=True)):
+                self._unknown_fields(one, other, (*at, index))
+
+    def _custom(self, name: str) -> dict[str, Any]:
+        valid = {"episode": ("includes", "tasks"), "transition": ("action_dim", "observation_dim")}.get(name, ())
+        found: dict[str, Any] = {}
+        for index, entry in enumerate(self.raw.get("customProperties") or []):
+            key, value = str(entry.get("property")), entry.get("value")
+            at = ("customProperties", index, "property")
+            if key not in valid:
+                self.fail(at, f"unknown custom property {key!r}", f"use {_nearest(key, valid)}" if valid else "remove it")
+            if key.endswith("_dim") and (type(value) is not int or value < 1):
+                self.fail(at, f"{key} is {value!r}", "give a whole number of at least 1")
+            if key == "includes":
+                for one in value if isinstance(value, list) else [value]:
+                    if one != "transition":
+                        self.fail(at, f"cannot include {one!r}", "include [transition]")
+            found[key] = value
+        return found
+
+    def _tasks(self, entries: Any) -> dict[str, TaskTerms]:
+        at = ("customProperties",)
+        tasks: dict[str, TaskTerms] = {}
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not isinstance(entry, dict):
+                self.fail(at, f"task {entry!r} is no mapping", "give key, instruction, substeps, max_steps")
+            label = f"task {entry.get('key', '?')}"
+            for key in entry.keys() - _TASK_KEYS.keys():
+                self.fail(at, f"{label}: unknown field {key!r}", f"use {_nearest(str(key), _TASK_KEYS)}")
+            for key, kind in _TASK_KEYS.items():
+                if type(entry.get(key)) is not kind:
+                    self.fail(at, f"{label}: {key} is {entry.get(key)!r}", f"give {key} as {kind.__name__}")
+            if entry["key"] in tasks:
+                self.fail(at, f"{label} is listed twice", "keep one of the two")
+            tasks[entry["key"]] = TaskTerms(**entry)
+        return tasks
+
+    def _schema(self, name: str) -> tuple[tuple[Field, ...], tuple[Rule, ...]]:
+        raw = self.raw["schema"][0]
+        fields: list[Field] = []
+        rules = self._rules(name, None, raw.get("quality") or [], ("schema", 0, "quality"))
+        for index, entry in enumerate(raw.get("properties") or []):
+            at = ("schema", 0, "properties", index)
+            label = str(entry.get("name"))
+            attribute = str(entry.get("physicalName") or label)
+            if attribute not in _FIELDS[name]:
+                self.fail((*at, "name"), f"unknown column {attribute!r}", f"use {_nearest(attribute, _FIELDS[name])}")
+            if entry.get("logicalType") not in _LOGICAL_TYPES:
+                kind = str(entry.get("logicalType"))
+                self.fail((*at, "logicalType"), f"{label}: no type {kind!r}", f"use {_nearest(kind, _LOGICAL_TYPES)}")
+            custom = {one.get("property"): one.get("value") for one in entry.get("customProperties") or []}
+            fields.append(
+                Field(
+                    name=attribute,
+                    label=label,
+                    kind=entry["logicalType"],
+                    dtype=str(entry.get("physicalType") or ""),
+                    required=bool(entry.get("required")),
+                    description=str(entry.get("description") or ""),
+                    unit=str(custom.get("unit") or ""),
+                    rows=str(custom.get("rows") or ""),
+                )
+            )
+            rules += self._rules(name, attribute, entry.get("quality") or [], (*at, "quality"))
+        if missing := _FIELDS[name] - {one.name for one in fields}:
+            self.fail(("schema", 0, "properties"), f"lacks {', '.join(sorted(missing))}", "put the columns back")
+        return tuple(fields), tuple(rules)
+
+    def _rules(self, name: str, field: str | None, entries: list[Any], at: tuple[str | int, ...]) -> list[Rule]:
+        rules = []
+        for index, entry in enumerate(entries):
+            here = (*at, index)
+            quality = DataQuality.model_validate(entry)
+            rule_id = quality.id or "?"
+            implementation = quality.implementation
+            if quality.type != "custom" or quality.engine != "lwd" or not isinstance(implementation, dict):
+                self.fail(here, f"rule {rule_id!r} cannot be run", "use type: custom, engine: lwd, implementation: {…}")
+            if not quality.id or not re.fullmatch(r"[a-z0-9-]+", quality.id):
+                self.fail(here, f"rule id {quality.id!r}", "give it an id of lower-case letters, digits and dashes")
+            if quality.severity not in SEVERITIES:
+                severity = str(quality.severity)
+                fix = f"use {_nearest(severity, SEVERITIES)}"
+                self.fail((*here, "severity"), f"rule {rule_id!r}: no severity {severity!r}", fix)
+            owners = [one.value for one in quality.customProperties or [] if one.property == "owner"]
+            if len(owners) != 1 or not owners[0]:
+                self.fail(here, f"rule {rule_id!r} has no owner", "add customProperties: [{property: owner, value: …}]")
+            parameters = dict(implementation)
+            check = str(parameters.pop("check", None))
+            self._parameters(name, field, rule_id, check, parameters, (*here, "implementation"))
+            rules.append(
+                Rule(
+                    id=quality.id,
+                    check=check,
+                    severity=cast(Severity, quality.severity),
+                    owner=str(owners[0]),
+                    description=str(quality.description or ""),
+                    field=field,
+                    parameters=parameters,
+                    contract=name,
+                )
+            )
+        return rules
+
+    def _parameters(
+        self, name: str, field: str | None, rule: str, check: str, given: dict[str, Any], at: tuple[str | int, ...]
+    ) -> None:
+        place = "object" if field is None else "field"
+        if name == "offline_buffer":
+            valid = _BUFFER_CHECKS
+        else:
+            valid = {key for key, (where, _) in PARAMETERS.items() if where == place}
+            valid -= _BUFFER_CHECKS - {"unique"}
+        if check not in valid:
+            self.fail((*at, "check"), f"rule {rule!r}: no check {check!r} here", f"use {_nearest(check, valid)}")
+        known = PARAMETERS[check][1]
+        for key, value in given.items():
+            if key not in known:
+                fix = f"use {_nearest(key, known)}" if known else f"{check} takes no parameters; remove it"
+                self.fail((*at, key), f"rule {rule!r}: unknown parameter {key!r}", fix)
+            kinds = tuple(kind for kind in known[key][0] if isinstance(kind, type))
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                self.fail((*at, key), f"rule {rule!r}: {key} is {value!r}", f"give a {kinds[-1].__name__}")
+            if choices := _CHOICES.get((check, key)):
+                for one in [value] if isinstance(value, str) else value:
+                    if one not in choices:
+                        fix = f"use {_nearest(str(one), choices)}"
+                        self.fail((*at, key), f"rule {rule!r}: no {key} {one!r}", fix)
+        if missing := [key for key, (_, needed) in known.items() if needed and key not in given]:
+            self.fail(at, f"rule {rule!r}: parameter {missing[0]!r} is missing", f"add {missing[0]} to implementation")
+        if "min" in known and given.get("min") is None and given.get("max") is None:
+            self.fail(at, f"rule {rule!r} has no bound", "add min or max")
+        if given.get("min") is not None and given.get("max") is not None and given["min"] > given["max"]:
+            self.fail(at, f"rule {rule!r}: min is above max", "exchange the two")
+        if check == "pattern":
+            try:
+                re.compile(given["pattern"])
+            except re.error as error:
+                self.fail((*at, "pattern"), f"rule {rule!r}: {error}", "mend the regular expression")

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("flows", "lwd_model", "data_contracts", "infra", "dvc.yaml", ".dvcignore")
+CODE = ("flows", "lwd_model", "data_contracts", "infra", "bench", "dvc.yaml", ".dvcignore")
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -84,10 +84,10 @@ def _shape(contract: Contract, field: Field, value: Any, steps: int) -> Shape:
     found = type(value).__name__
     fits = {
         "string": isinstance(value, str),
-        "integer": isinstance(value, int) and not isinstance(value, bool),
-        "number": isinstance(value, int | float) and not isinstance(value, bool),
+        "integer": isinstance(value, int) and _is_number(value),
+        "number": _is_number(value),
         "boolean": isinstance(value, bool),
-        "array": isinstance(value, tuple | list) and all(type(one) in (int, float) for one in value),
+        "array": isinstance(value, tuple | list) and all(_is_number(one) for one in value),
         "object": isinstance(value, dict),
     }[field.kind]
     if value is None and not field.required:
@@ -96,6 +96,11 @@ def _shape(contract: Contract, field: Field, value: Any, steps: int) -> Shape:
         found = f"{found} of {', '.join(sorted({type(one).__name__ for one in value}))}"
     wanted = {"string": "str", "integer": "int", "array": "tuple of numbers"}.get(field.kind, field.kind)
     return Shape(field.name, found, found if fits else wanted, "episode")
+
+
+def _is_number(value: Any) -> bool:
+    """A JSON number that a table can hold: no truth value, no integer beyond 64 bits."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _schema(contract: Contract, episode: Episode) -> Iterable[Violation]:
@@ -133,9 +138,9 @@ def mean_period(episode: Episode) -> float:
 
 
 def _values(rule: Rule, episode: Episode) -> npt.NDArray[Any] | None:
-    """The field as a float array, whether it is one value or many; None if the episode has none."""
+    """The field in float64, whether it is one value or many; None if the episode has none."""
     value = getattr(episode, str(rule.field))
-    return None if value is None else np.asarray(value)
+    return None if value is None else np.asarray(value, np.float64)
 
 
 def _where(field: str | None, bad: npt.NDArray[np.bool_], values: npt.NDArray[Any]) -> str:
@@ -216,7 +221,7 @@ def _reward_at_end(rule: Rule, contract: Contract, episode: Episode) -> str | No
 def _intervention_by_source(rule: Rule, contract: Contract, episode: Episode) -> str | None:
     if episode.source not in rule.parameters["never"] or not episode.intervention.any():
         return None
-    return f"a {episode.source} episode has {int(episode.intervention.sum())} steps of intervention"
+    return f"an episode of source {episode.source} has {int(episode.intervention.sum())} steps of intervention"
 
 
 def _instruction_of_task(rule: Rule, contract: Contract, episode: Episode) -> str | None:
@@ -246,7 +251,7 @@ def _outcome_by_source(rule: Rule, contract: Contract, episode: Episode) -> str 
     outcomes = rule.parameters["outcomes"].get(episode.source)
     if outcomes is None or episode.outcome in outcomes:
         return None
-    return f"a {episode.source} episode ended in {episode.outcome!r}, not in {' or '.join(outcomes)}"
+    return f"an episode of source {episode.source} ended in {episode.outcome!r}, not in {' or '.join(outcomes)}"
 
 
 def _outcome_reward(rule: Rule, contract: Contract, episode: Episode) -> str | None:
@@ -258,9 +263,9 @@ def _outcome_reward(rule: Rule, contract: Contract, episode: Episode) -> str | N
 
 def _policy_version_by_source(rule: Rule, contract: Contract, episode: Episode) -> str | None:
     if episode.policy_version is None and episode.source in rule.parameters.get("required", ()):
-        return f"a {episode.source} episode has no policy_version"
+        return f"an episode of source {episode.source} has no policy_version"
     if episode.policy_version is not None and episode.source in rule.parameters.get("forbidden", ()):
-        return f"a {episode.source} episode has policy_version {episode.policy_version}"
+        return f"an episode of source {episode.source} has policy_version {episode.policy_version}"
     return None
 
 

@@ -323,7 +323,9 @@ class _Reader:
             key, value = str(entry.get("property")), entry.get("value")
             at = ("customProperties", index, "property")
             if key not in valid:
-                self.fail(at, f"unknown custom property {key!r}", f"use {_nearest(key, valid)}" if valid else "remove it")
+                self.fail(
+                    at, f"unknown custom property {key!r}", f"use {_nearest(key, valid)}" if valid else "remove it"
+                )
             if key.endswith("_dim") and (type(value) is not int or value < 1):
                 self.fail(at, f"{key} is {value!r}", "give a whole number of at least 1")
             if key == "includes":

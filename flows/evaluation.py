@@ -20,20 +20,22 @@ def limits_s(tasks: Iterable[str]) -> dict[str, float]:
 
 
 def evaluate(
-    bundle: Path, tasks: Sequence[str], episodes: int, seed: int, *, workers: int, title: str
+    bundle: Path, tasks: Sequence[str], episodes: int, seed: int, *, workers: int, title: str, first: int = 0
 ) -> list[EpisodeResult]:
-    """Run `episodes` episodes of each task, nobody taking over.
+    """Run episodes number `first` to `episodes` - 1 of each task, nobody taking over.
 
     Args:
         bundle: the policy.
-        seed: the i-th episode of a task starts the same for every policy evaluated with this seed.
+        seed: the i-th episode of a task starts the same for every policy evaluated with this seed. A result's own
+            `seed` is i, so that more episodes come after those that a gate has seen already.
     """
-    jobs = job_list(tasks, episodes, seed, "evaluation")
+    jobs = job_list(tasks, episodes, seed, "evaluation")[first * len(tasks) :]
+    number = {job.seed: first + place // len(tasks) for place, job in enumerate(jobs)}
     limits = limits_s(tasks)
     results: list[EpisodeResult] = []
     with progress(f"evaluate {title}", len(jobs)) as advance:
         for episode in collect(jobs, bundle, source="rollout", workers=workers, envs=16):
-            results.append(result_of(episode, limit_s=limits[episode.task]))
+            results.append(result_of(episode, seed=number[episode.extra["seed"]], limit_s=limits[episode.task]))
             advance(1, f"success {sum(r.success for r in results) / len(results):.2f}")
     return sorted(results, key=lambda r: (r.task, r.seed))
 

@@ -7,7 +7,6 @@ from the catalog, the spools and the learner's checkpoint. One flow run is one s
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -23,12 +22,10 @@ from flows.console import progress, say
 from flows.deployment import Deployment, deployment, read_json
 from flows.online_learner import STATUS
 from flows.params import Params, load_params
-from flows.stages.common import BUNDLE, OFFLINE
+from flows.promotion import introduce
 from infra.catalog import schema
-from infra.edge.spool import Spool
-from infra.errors import ConfigError, CorruptDataError
+from infra.errors import CorruptDataError
 from infra.fleet.robot import RobotConfig, robot_command, robot_environment
-from infra.settings import MIB
 from infra.supervisor import ProcessSpec, Supervisor
 
 CHECK = "data_contracts.checks:default_check"
@@ -55,7 +52,9 @@ class OnlineSummary:
     restarts: dict[str, int]
 
 
-def specs(params: Params, params_path: Path, home: Path, seed: int) -> tuple[ProcessSpec, ProcessSpec, list[ProcessSpec]]:
+def specs(
+    params: Params, params_path: Path, home: Path, seed: int
+) -> tuple[ProcessSpec, ProcessSpec, list[ProcessSpec]]:
     """The coordinator, the learner and the robots."""
     p = params.online
     python = [sys.executable, "-m"]
@@ -82,24 +81,14 @@ def specs(params: Params, params_path: Path, home: Path, seed: int) -> tuple[Pro
 
 @task
 def deploy_first(home: str) -> int:
-    """Publish the offline policy to the learning cohort, unless a policy has been published there before."""
+    """Publish the pipeline's policies to a new deployment; version of the one that the learning cohort begins with."""
     with deployment(Path(home)) as plane:
-        with plane.catalog.read() as connection:
-            last = connection.execute(
-                sa.select(sa.func.max(schema.announcements.c.version)).where(schema.announcements.c.cohort == "learning")
-            ).scalar()
-        if last is not None:
-            return int(last)
-        if not (OFFLINE / BUNDLE).exists():
-            raise ConfigError(f"{OFFLINE / BUNDLE} not found", "run the offline pipeline first: `lwd train` or `dvc repro`")
-        bundle = plane.settings.home / "first"
-        shutil.copytree(OFFLINE / BUNDLE, bundle, dirs_exist_ok=True)
-        return plane.publisher.publish(bundle, proposer="offline", details={"stage": "offline"})
+        return introduce(plane)[1]
 
 
 @task
 def supervise(home: str, params_path: str) -> dict[str, int]:
-    """Run the fleet and the learner to the end of the stage; then bring the robots home and the spools to the snapshot."""
+    """Run fleet and learner to the end of the stage; then bring the robots home and the spools to the snapshot."""
     params, folder = load_params(Path(params_path)), Path(home)
     supervisor = Supervisor(folder / "logs")
     coordinator, learner, robots = specs(params, Path(params_path), folder, params.seed)
@@ -160,7 +149,9 @@ def summarise(plane: Deployment, restarts: dict[str, int]) -> OnlineSummary:
     with plane.catalog.read() as connection:
 
         def count(table: sa.Table, *conditions: sa.ColumnElement[bool]) -> int:
-            return int(connection.execute(sa.select(sa.func.count()).select_from(table).where(*conditions)).scalar_one())
+            return int(
+                connection.execute(sa.select(sa.func.count()).select_from(table).where(*conditions)).scalar_one()
+            )
 
         return OnlineSummary(
             episodes=count(members, members.c.removed.is_(None)),

@@ -51,6 +51,10 @@ class OfflineParams(_Section):
 class EvaluateParams(_Section):
     episodes: int = Field(gt=0)
     seed: int = 1_000_000
+    gate_max: int = Field(100, gt=0, description="per task; while the gate says CONTINUE, both policies run more")
+    curve: int = Field(
+        10, ge=0, description="episodes per task for each policy on the online learning curve; 0 is none"
+    )
 
 
 class OnlineParams(_Section):

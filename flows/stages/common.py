@@ -10,8 +10,8 @@ from typing import Any
 
 from flows.params import Params
 from infra.episode import Episode
-from infra.fleet.scene import ACTION_DIM
 from infra.fleet.features import FEATURES
+from infra.fleet.scene import ACTION_DIM
 from infra.fleet.tasks import TASKS
 from lwd_model.chunks import Replay
 from lwd_model.config import AgentConfig, LearnerConfig, preset

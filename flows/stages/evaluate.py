@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.evaluation import evaluate, limits_s, write_results
+from flows.evaluation import evaluate, write_results
 from flows.params import Params
 from flows.stages.common import BUNDLE, EVALUATION, OFFLINE, SFT, write_metrics
 from lwd_model.evaluation import method_record

@@ -5,7 +5,15 @@ from __future__ import annotations
 from flows.console import progress
 from flows.params import Params
 from flows.stages.common import (
-    BUNDLE, CHECKPOINT, DEMONSTRATIONS, EARLY, SFT, agent_config, replay_for, write_metrics, write_plot,
+    BUNDLE,
+    CHECKPOINT,
+    DEMONSTRATIONS,
+    EARLY,
+    SFT,
+    agent_config,
+    replay_for,
+    write_metrics,
+    write_plot,
 )  # fmt: skip
 from lwd_model.bundle import export_bundle
 from lwd_model.learner import Learner

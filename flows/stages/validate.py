@@ -1,4 +1,4 @@
-"""Stage `validate`: every collected episode against its contract → data/quarantine, metrics/validate.json, a review page."""
+"""Stage `validate`: every collected episode against its contract → data/quarantine, with a page for the stewards."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import shutil
 import time
 from collections import Counter
 
+from data_contracts.review import write_review
+
 from data_contracts.checks import check_episode
 from data_contracts.contract import load_contract
-from data_contracts.review import write_review
 from data_contracts.suites import validate_batch
 from flows.console import progress, say
 from flows.params import Params
@@ -48,7 +49,8 @@ def run(params: Params) -> None:
                             ],
                         }
                     )
-                    say(f"  [red]refused[/red] {episode.episode_id[:8]} ({episode.source} {episode.task}): {blocking[0].message}")
+                    name = f"{episode.episode_id[:8]} ({episode.source} {episode.task})"
+                    say(f"  [red]refused[/red] {name}: {blocking[0].message}")
                 else:
                     accepted.append(episode)
                 advance()
@@ -58,5 +60,10 @@ def run(params: Params) -> None:
     write_review(QUARANTINE / "review.html", [contract], [report], refused)
     write_metrics(
         "validate",
-        {"accepted": len(accepted), "quarantined": len(refused), "warnings": dict(warnings), "batch_passed": report.success},
+        {
+            "accepted": len(accepted),
+            "quarantined": len(refused),
+            "warnings": dict(warnings),
+            "batch_passed": report.success,
+        },
     )

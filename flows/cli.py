@@ -1,0 +1,300 @@
+"""`lwd`: the command line. Each command runs one Prefect flow or shows what the deployment holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.console import console, say
+from infra.errors import LwdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Learning while deploying: a fleet of robots whose shared policy improves from every episode.\n\n"
+    "Begin with `lwd demo`. Then, step by step: `lwd train` (offline pipeline), `lwd online` (deploy and keep "
+    "learning), `lwd promote` (gate), `lwd rollback`. Everything of one deployment lies below `--home`.",
+)
+contracts = typer.Typer(no_args_is_help=True, help="Data contracts: check them, review what they refused.")
+app.add_typer(contracts, name="contracts")
+
+Home = Annotated[Path, typer.Option(help="The deployment's folder.", envvar="LWD_HOME")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of pipeline and online stage.")]
+Port = Annotated[int | None, typer.Option(help="Port of the Prefect server started for this command; any free one.")]
+HOME, PARAMS = Path("runs/local"), Path("params.yaml")
+
+
+def run_flow(name: str, home: Path, port: int | None, /, **arguments: Any) -> Any:
+    """Run a Prefect flow by name, with a server of its own unless PREFECT_API_URL names one."""
+    from flows.prefect_server import prefect_server
+
+    say("starting Prefect …")
+    with prefect_server(home / "prefect", port=port):
+        import flows.all as everything
+
+        return getattr(everything, name)(**arguments)
+
+
+@app.command()
+def demo(
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of going on from where it stopped.")
+    ] = False,
+    run_dir: Annotated[Path, typer.Option(help="Where the run and its report go.")] = Path("runs/demo"),
+    params: ParamsFile = PARAMS,
+    port: Port = None,
+) -> None:
+    """The whole loop on this machine, in minutes; ends with `runs/demo/report.html`.
+
+    Ctrl-C stops cleanly; the same command goes on from there.
+    """
+    if fresh:
+        from flows.demo import start_over
+
+        start_over(run_dir)
+    run_flow("demo", run_dir, port, run_dir=str(run_dir), params_path=str(params))
+
+
+@app.command()
+def collect(home: Home = HOME, port: Port = None) -> None:
+    """Bring demonstrations, rollouts and play up to date (stages of `dvc.yaml`)."""
+    run_flow("collect", home, port)
+
+
+@app.command()
+def train(
+    until: Annotated[str | None, typer.Option(help="Last stage to run, for example `buffer`.")] = None,
+    home: Home = HOME,
+    port: Port = None,
+) -> None:
+    """The offline pipeline: collect, validate, version, SFT, offline RL, evaluate, report."""
+    run_flow("offline", home, port, until=until)
+
+
+@app.command()
+def online(home: Home = HOME, params: ParamsFile = PARAMS, port: Port = None) -> None:
+    """Deploy to the simulated fleet and keep learning; supervises coordinator, learner and robots."""
+    run_flow("online", home, port, home=str(home), params_path=str(params))
+
+
+@app.command()
+def evaluate(
+    versions: Annotated[
+        list[int] | None, typer.Argument(help="Policies; newest candidate and champion if none.")
+    ] = None,
+    episodes: Annotated[int | None, typer.Option(help="Per task; `evaluate.episodes` if not given.")] = None,
+    home: Home = HOME,
+    params: ParamsFile = PARAMS,
+    port: Port = None,
+) -> None:
+    """Run policies on the same start states and show success with 95 % intervals."""
+    records = run_flow(
+        "evaluate", home, port, home=str(home), versions=versions, episodes=episodes, params_path=str(params)
+    )
+    table = Table("policy", "success", "95 %", "score", "cycle time, s")
+    for name, record in records.items():
+        s = record["success"]
+        score, cycle = record["score"]["mean"], record["cycle_time_s"]["mean"]
+        table.add_row(name, f"{s['mean']:.3f}", f"{s['low']:.3f}–{s['high']:.3f}", f"{score:.3f}", f"{cycle:.1f}")
+    console.print(table)
+
+
+@app.command()
+def promote(
+    version: Annotated[int | None, typer.Argument(help="Candidate; the newest if not given.")] = None,
+    gate: Annotated[Path | None, typer.Option(help="Gate file; `flows/gates/default.yaml` if not given.")] = None,
+    approver: Annotated[str | None, typer.Option(help="Who approves, where approval is required.")] = None,
+    digest: Annotated[str | None, typer.Option(help="Manifest digest that was approved; see `lwd policies`.")] = None,
+    home: Home = HOME,
+    params: ParamsFile = PARAMS,
+    port: Port = None,
+) -> None:
+    """Ask the gate; promote on PASS. Exit code 0 on PASS, 10 on CONTINUE, 11 on FAIL."""
+    answer = run_flow(
+        "promote", home, port, home=str(home), version=version, gate=str(gate) if gate else None, approver=approver,
+        digest=digest, params_path=str(params),
+    )  # fmt: skip
+    say(f"[bold]{answer['verdict']}[/bold]: v{answer['candidate']} against v{answer['champion']}")
+    raise typer.Exit({"PASS": 0, "CONTINUE": 10, "FAIL": 11}[answer["verdict"]])
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; goes into the audit.")] = "",
+    actor: Annotated[str, typer.Option(help="Who.")] = "operator",
+    home: Home = HOME,
+) -> None:
+    """Make the previous champion champion again, at once."""
+    from flows.deployment import deployment
+
+    with deployment(home) as plane:
+        version = plane.registry.rollback(actor=actor, reason=reason or "not given")
+    say(f"policy v{version} is champion again; production robots swap at their next episode boundary")
+
+
+@contracts.command("check")
+def contracts_check(
+    data: Annotated[list[Path], typer.Argument(help="Folders of shards, for example data/rollouts.")],
+    contract: Annotated[str, typer.Option(help="Name or path of an ODCS contract.")] = "episode",
+) -> None:
+    """Check recorded episodes against a contract; exit code 3 if any is refused."""
+    from data_contracts.checks import check_episode
+    from data_contracts.contract import load_contract
+    from lwd_model.shards import read_buffer
+
+    terms, refused, seen = load_contract(contract), 0, 0
+    for folder in data:
+        for episode in read_buffer(folder):
+            seen += 1
+            broken = check_episode(terms, episode)
+            refused += any(v.severity == "block" for v in broken)
+            for v in broken:
+                what = f"{episode.episode_id} {episode.source} {episode.task}"
+                say(f"{v.severity:<5} {what}: {v.rule}: {v.message} ({v.owner})")
+    say(f"{seen} episodes, {refused} refused")
+    raise typer.Exit(3 if refused else 0)
+
+
+@contracts.command("review")
+def contracts_review(
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("runs/contracts.html"), home: Home = HOME
+) -> None:
+    """Write the stewards' page: the contracts in force and every refused episode with its reasons."""
+    from data_contracts.review import write_review
+
+    from data_contracts.contract import load_contract
+    from flows.deployment import deployment
+
+    with deployment(home) as plane:
+        refused = plane.quarantined()
+    names = ("episode", "transition", "offline_buffer")
+    say(f"review: {write_review(out, [load_contract(name) for name in names], [], refused).resolve()}")
+
+
+@app.command()
+def snapshots(home: Home = HOME, last: Annotated[int, typer.Option(help="How many.")] = 20) -> None:
+    """List the newest data snapshots."""
+    from flows.deployment import deployment
+
+    with deployment(home) as plane:
+        latest = plane.snapshots.latest().version
+        table = Table("version", "episodes", "added", "removed", "reason", "digest")
+        for version in range(latest, max(0, latest - last), -1):
+            s = plane.snapshots.get(version)
+            table.add_row(str(s.version), str(s.episodes), str(s.added), str(s.removed), s.reason, s.digest[:12])
+    console.print(table)
+
+
+@app.command()
+def policies(home: Home = HOME, last: Annotated[int, typer.Option(help="How many.")] = 20) -> None:
+    """List the newest policies with their aliases, data and digests."""
+    from flows.deployment import deployment
+
+    with deployment(home) as plane:
+        table = Table("version", "aliases", "status", "snapshot", "parent", "stage", "manifest digest")
+        for row in plane.registry.policies()[:last]:
+            table.add_row(
+                str(row["version"]), ", ".join(row["aliases"]), row["status"], str(row["snapshot_version"]),
+                str(row["parent"] or ""), str((row["details"] or {}).get("stage", "")), row["manifest_sha256"],
+            )  # fmt: skip
+    console.print(table)
+
+
+@app.command()
+def report(
+    home: Home = HOME,
+    run_dir: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("runs/local/report"),
+    params: ParamsFile = PARAMS,
+    port: Port = None,
+) -> None:
+    """Build the HTML report of what pipeline and deployment hold now."""
+    run_flow("report", home, port, run_dir=str(run_dir), home=str(home), params_path=str(params))
+
+
+@app.command()
+def status(home: Home = HOME) -> None:
+    """Robots, learner, snapshot, quarantine and champion at a glance."""
+    import sqlalchemy as sa
+
+    from flows.deployment import deployment, read_json
+    from flows.online import unaccounted
+    from infra.catalog import schema
+
+    with deployment(home) as plane:
+        with plane.catalog.read() as connection:
+            robots = list(connection.execute(sa.select(schema.robots).order_by(schema.robots.c.robot_id)))
+        latest = plane.snapshots.latest()
+        table = Table("robot", "cohort", "policy", "staged", "episodes", "last seen")
+        for robot in robots:
+            seen = f"{time.time() - robot.last_seen:.0f} s ago"
+            table.add_row(
+                robot.robot_id, robot.cohort, str(robot.active_version), str(robot.staged_version or ""),
+                str(robot.episodes), seen,
+            )  # fmt: skip
+        console.print(table)
+        say(f"snapshot {latest.version}: {latest.episodes} episodes; quarantine: {len(plane.quarantined())}; "
+            f"unaccounted: {unaccounted(plane)}")  # fmt: skip
+        say(f"champion: {plane.registry.alias('champion')}, previous: {plane.registry.alias('previous')}, "
+            f"canary: {plane.registry.alias('canary')}")  # fmt: skip
+        say(f"learner: {json.dumps(read_json(plane.settings.home / 'learner' / 'status.json'))}")
+
+
+@app.command()
+def robot(
+    bundle: Annotated[Path, typer.Argument(help="A policy's folder, for example models/sft/bundle.")],
+    task: Annotated[str, typer.Option(help="Task key.")] = "S1",
+    episodes: Annotated[int, typer.Option(help="How many.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the start states.")] = 0,
+    pictures: Annotated[Path | None, typer.Option(help="Write a filmstrip of the first episode to this PNG.")] = None,
+) -> None:
+    """Run one robot against a policy and print what it did."""
+    from infra.edge.inference import load_policy
+    from infra.fleet.rollout import run_jobs
+    from infra.fleet.sources import job_list
+
+    done = run_jobs(load_policy(bundle), job_list([task], episodes, seed, "evaluation"), source="rollout")
+    for episode in done:
+        say(f"{episode.outcome:<10} {episode.timestamps[-1]:5.1f} s  score {episode.score:.2f}  {episode.instruction}")
+    say(f"success {sum(e.success for e in done)}/{len(done)}")
+    if pictures is not None:
+        import numpy as np
+        from PIL import Image
+
+        from infra.fleet.filmstrip import render_episode
+
+        frames = render_episode(task, done[0].extra["seed"], done[0].actions, frames=8, height=160, width=160)
+        Image.fromarray(np.concatenate(list(frames), axis=1)).save(pictures)
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are printed with their fix, without a traceback."""
+    sys.exit(guarded(lambda: app(standalone_mode=False)))
+
+
+def guarded(command: Callable[[], Any]) -> int:
+    """Run a command; its exit code."""
+    import click
+
+    try:
+        code = command()
+    except LwdError as error:
+        console.print(f"[red]error:[/red] {error.problem}\n  [bold]fix:[/bold] {error.fix}", soft_wrap=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        say("\nstopped; the same command goes on from here")
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Contracts are read as they stand, and a typo is refused with the file, the line and the nearest valid name."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_contracts.contract import FOLDER, NAMES, load_contract
+from infra.errors import ConfigError
+from infra.fleet.tasks import TASKS
+
+
+@pytest.fixture
+def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of copies that LWD_CONTRACTS points to."""
+    folder = tmp_path / "contracts"
+    shutil.copytree(FOLDER, folder)
+    monkeypatch.setenv("LWD_CONTRACTS", str(folder))
+    return folder
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packaged_contracts_are_valid(name: str) -> None:
+    contract = load_contract(name)
+    assert contract.rules and contract.fields and contract.owner
+    assert all(rule.owner and rule.description and rule.severity in ("block", "warn") for rule in contract.rules)
+
+
+def test_episode_contract_includes_the_transition() -> None:
+    ids = {rule.id for rule in load_contract("episode").rules}
+    assert {rule.id for rule in load_contract("transition").rules} < ids
+
+
+def test_tasks_are_those_of_the_fleet() -> None:
+    tasks = load_contract("episode").tasks
+    assert {key: (one.instruction, one.substeps, one.max_steps) for key, one in tasks.items()} == {
+        key: (one.instruction, len(one.steps), one.limit) for key, one in TASKS.items()
+    }
+
+
+def test_edited_copy_goes_before_the_packaged_one(edited: Path) -> None:
+    edit(edited / "transition.odcs.yaml", "max: 1, tolerance", "max: 0.5, tolerance")
+    assert load_contract("episode").rule("action-limits").parameters["max"] == 0.5
+    (edited / "transition.odcs.yaml").unlink()
+    assert load_contract("episode").rule("action-limits").parameters["max"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "problem", "nearest"),
+    [
+        ("episode", "    quality:\n      - id: episode-schema", "    qualty:\n      - id: episode-schema", "qualty", "quality"),
+        ("episode", "check: pattern, pattern", "check: patern, pattern", "patern", "'pattern'"),
+        ("episode", "severity: warn", "severity: warning", "warning", "warn"),
+        ("episode", "[demo, rollout, play, online]}", "[demo, rollout, play, online], vals: 1}", "vals", "values"),
+        ("episode", "{demo: [success]}", "{dmo: [success]}", "dmo", "demo"),
+        ("episode", "property: includes", "property: include", "include", "includes"),
+        ("episode", "max_steps: 80", "maxsteps: 80", "maxsteps", "max_steps"),
+        ("episode", "max_steps: 80", "max_steps: many", "max_steps", "int"),
+        ("episode", "property: owner, value: data-stewardship", "property: ownr, value: x", "no owner", "owner"),
+        ("episode", r"'\A[0-9a-f]{32}\Z'", "'[0-9'", "episode-id-pattern", "regular expression"),
+        ("episode", "id: source-allowed", "id: outcome-allowed", "outcome-allowed", "id of its own"),
+        ("episode", "- name: robot_id", "- name: robotid", "robotid", "robot_id"),
+        ("episode", "check: schema}", "check: unique}", "schema", "schema rule"),
+        ("episode", "name: episode\n", "name: epsode\n", "epsode", "episode"),
+        ("episode", "type: custom", "type: sql", "cannot be run", "custom"),
+        ("transition", "check: range, min: -1, max: 1,", "check: range, minimum: -1, max: 1,", "minimum", "min"),
+        ("transition", "min: -1000, max: 1000", "min: 1000, max: -1000", "above", "exchange"),
+        ("transition", "of: mean, nominal: 0.05, ", "of: mean, ", "nominal", "add nominal"),
+        ("transition", "min: -1000", "min: low", "low", "float"),
+        ("transition", "value: 5", "value: five", "five", "whole number"),
+        ("transition", "physicalName: rewards", "physicalName: reward", "reward", "rewards"),
+        ("offline_buffer", "by: [task], sources", "by: [tsk], sources", "tsk", "task"),
+        ("offline_buffer", "check: fraction", "check: range", "range", "fraction"),
+        ("offline_buffer", "domain: robot-learning", "domain: [", "not YAML", "mend"),
+    ],
+)
+def test_typo_is_refused(edited: Path, file: str, old: str, new: str, problem: str, nearest: str) -> None:
+    path = edited / f"{file}.odcs.yaml"
+    edit(path, old, new)
+    with pytest.raises(ConfigError) as caught:
+        load_contract(file)
+    assert str(path) in caught.value.problem
+    assert problem in caught.value.problem
+    assert nearest in caught.value.fix
+    assert caught.value.exit_code != 0
+
+
+def test_message_names_the_line(edited: Path) -> None:
+    path = edited / "transition.odcs.yaml"
+    edit(path, "check: increasing", "check: incresing")
+    line = next(number for number, text in enumerate(path.read_text().splitlines(), 1) if "incresing" in text)
+    with pytest.raises(ConfigError, match=f"transition.odcs.yaml:{line}: .*incresing"):
+        load_contract("episode")
+
+
+def test_unknown_names_are_refused(edited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="'episode'"):
+        load_contract("episod")
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        load_contract("nowhere.yaml")
+    (edited / "episode.odcs.yaml").rename(edited / "epsiode.odcs.yaml")
+    with pytest.raises(ConfigError, match=r"epsiode(.|\n)*episode.odcs.yaml"):
+        load_contract("episode")
+    monkeypatch.setenv("LWD_CONTRACTS", str(edited / "absent"))
+    with pytest.raises(ConfigError, match="not a folder"):
+        load_contract("episode")

@@ -94,6 +94,8 @@ def _shape(contract: Contract, field: Field, value: Any, steps: int) -> Shape:
         fits = True
     if field.kind == "array" and isinstance(value, tuple | list) and not fits:
         found = f"{found} of {', '.join(sorted({type(one).__name__ for one in value}))}"
+    if isinstance(value, int) and not isinstance(value, bool) and not _is_number(value):
+        found = "int beyond 64 bits"
     wanted = {"string": "str", "integer": "int", "array": "tuple of numbers"}.get(field.kind, field.kind)
     return Shape(field.name, found, found if fits else wanted, "episode")
 
@@ -151,7 +153,8 @@ def _where(field: str | None, bad: npt.NDArray[np.bool_], values: npt.NDArray[An
     return f"{field}{index} = {values[first]:.6g}" + (f" ({count} such values)" if count > 1 else "")
 
 
-def _outside(low: float | None, high: float | None) -> str:
+def outside(low: float | None, high: float | None) -> str:
+    """What is wrong with a value beyond these bounds, in words."""
     if low is None or high is None:
         return f"above {high:g}" if low is None else f"below {low:g}"
     return f"outside [{low:g}, {high:g}]"
@@ -174,7 +177,7 @@ def _range(rule: Rule, contract: Contract, episode: Episode) -> str | None:
         bad |= values < low
     if high is not None:
         bad |= values > high
-    return f"{_where(rule.field, bad, values)} is {_outside(low, high)}" if bad.any() else None
+    return f"{_where(rule.field, bad, values)} is {outside(low, high)}" if bad.any() else None
 
 
 def _allowed(rule: Rule, contract: Contract, episode: Episode) -> str | None:
@@ -206,10 +209,10 @@ def _period(rule: Rule, contract: Contract, episode: Episode) -> str | None:
     assert low is not None and high is not None  # a period rule has both
     if rule.parameters["of"] == "mean":
         mean = mean_period(episode)
-        return f"steps take {mean:.4g} s on average, {_outside(low, high)}" if mean < low or mean > high else None
+        return f"steps take {mean:.4g} s on average, {outside(low, high)}" if mean < low or mean > high else None
     periods = control_periods(episode)
     bad = (periods < low) | (periods > high)
-    return f"{_where('period', bad, periods)} s is {_outside(low, high)}" if bad.any() else None
+    return f"{_where('period', bad, periods)} s is {outside(low, high)}" if bad.any() else None
 
 
 def _reward_at_end(rule: Rule, contract: Contract, episode: Episode) -> str | None:

@@ -438,7 +438,8 @@ class _Reader:
             if not isinstance(value, kinds) or isinstance(value, bool):
                 self.fail((*at, key), f"rule {rule!r}: {key} is {value!r}", f"give a {kinds[-1].__name__}")
             if choices := _CHOICES.get((check, key)):
-                for one in [value] if isinstance(value, str) else value:
+                listed: Any = [value] if isinstance(value, str) else value
+                for one in listed:
                     if one not in choices:
                         fix = f"use {_nearest(str(one), choices)}"
                         self.fail((*at, key), f"rule {rule!r}: no {key} {one!r}", fix)

@@ -2,7 +2,7 @@
 
     structure   a row per episode and field: type and shape as found and as wanted
     episodes    a row per episode: its fields, sums of its steps, and what the contract agrees on for its task
-    steps       a row per time: least and greatest of each array, count of values that are not finite, time since the last
+    steps       a row per time: least and greatest of each array, how many are not finite, seconds since the last row
     substeps    a row per sub-step score
 
 The tables hold measures, never verdicts: the bounds stay in the contract. An episode of a wrong structure appears in
@@ -48,7 +48,7 @@ STEP_COLUMNS = (
     "episode_id", "step", "before_last", "period",
     *(f"{name}_{measure}" for name in _ARRAYS for measure in ("min", "max", "not_finite")),
 )  # fmt: skip
-SUBSTEP_COLUMNS = ("episode_id", "substep_scores")
+SUBSTEP_COLUMNS = ("episode_id", "substep_scores", "substep_scores_not_finite")
 
 
 def frames(contract: Contract, episodes: Sequence[Episode]) -> Frames:
@@ -56,7 +56,7 @@ def frames(contract: Contract, episodes: Sequence[Episode]) -> Frames:
     structure: list[tuple[str, ...]] = []
     rows: list[dict[str, Any]] = []
     steps: list[pd.DataFrame] = []
-    substeps: list[tuple[str, float]] = []
+    substeps: list[tuple[str, float, int]] = []
     for position, episode in enumerate(episodes):
         label = episode.episode_id if isinstance(episode.episode_id, str) else f"(number {position})"
         found = shapes(contract, episode)
@@ -64,7 +64,7 @@ def frames(contract: Contract, episodes: Sequence[Episode]) -> Frames:
         if all(one.found == one.wanted for one in found):
             rows.append(_episode_row(contract, episode))
             steps.append(_step_rows(episode))
-            substeps += [(label, float(score)) for score in episode.substep_scores]
+            substeps += [(label, float(one), int(not math.isfinite(one))) for one in episode.substep_scores]
     return Frames(
         structure=pd.DataFrame(structure, columns=list(STRUCTURE_COLUMNS), dtype=object),
         episodes=_typed(pd.DataFrame(rows, columns=list(EPISODE_COLUMNS), dtype=object)),

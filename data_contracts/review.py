@@ -55,7 +55,7 @@ def write_review(
     page = environment.get_template("review.html").render(
         written=_when(time.time() if now is None else now),
         contracts=[_contract(contract, reports) for contract in contracts],
-        checked=sum(report.n for report in reports),
+        checked=max((report.n for report in reports), default=0),
         blocking=sum(v.severity == "block" for report in reports for v in report.violations),
         warnings=sum(v.severity == "warn" for report in reports for v in report.violations),
         reasons=[(rule, owners.get(rule, ""), n, 100 * n / most) for rule, n in reasons.most_common()],

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data_contracts.checks import Violation, bounds, default_contract
+from data_contracts.checks import Violation, bounds, default_contract, outside
 from data_contracts.contract import Contract, Rule, Severity
 from data_contracts.frames import Frames, composition, frames
 from infra.episode import SOURCES, Episode
@@ -22,6 +22,7 @@ from infra.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
+_COUNTED = {"episodes": "episodes", "fraction": "of all episodes", "success_rate": "successful"}
 _STEP_FIELDS = ("observations", "actions", "rewards", "timestamps")
 
 
@@ -78,6 +79,7 @@ class _Expected:
     kind: str
     arguments: dict[str, Any]
     where: tuple[str, tuple[Any, ...]] | None = None  # a column and the values of the rows that it is about
+    elsewhere: bool = False  # about the rows of all other values instead
 
 
 def validate_batch(contract: Contract, episodes: Sequence[Episode]) -> BatchReport:
@@ -144,18 +146,10 @@ def validate_buffer(contract: Contract, episodes: Sequence[Episode]) -> BatchRep
         expected = _Expected(rule, "groups", "ExpectColumnValuesToBeBetween", arguments)
         # the index of this table is the group, and what is found is its value
         found = [pair for _, rows in _evaluate(groups, [expected]) for pair in rows] if len(groups) else []
-        what = {"episodes": "episodes", "fraction": "of the episodes", "success_rate": "of them successful"}[rule.check]
-        wanted = " and ".join(
-            text
-            for text in (
-                f"at least {low:g}" if low is not None else "",
-                f"at most {high:g}" if high is not None else "",
-            )
-            if text
-        )
-        listed = "; ".join(f"{group}: {float(value):.4g} {what}" for group, value in found[:6])
-        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-        results.append(_result(rule, (), len(found), f"{listed}{more} (wanted {wanted})" if found else ""))
+        listed = "; ".join(f"{group}: {float(value):.4g} {_COUNTED[rule.check]}" for group, value in found[:6])
+        more = f" and {len(found) - 6} more groups" if len(found) > 6 else ""
+        message = f"{listed}{more}; {outside(low, high)}" if found else ""
+        results.append(_result(rule, (), len(found), message))
     return BatchReport(contract.name, len(episodes), tuple(results))
 
 
@@ -167,8 +161,17 @@ def _refuse(contract: Contract, *, buffer: bool) -> None:
 
 def _result(rule: Rule, episodes: tuple[str, ...], found: int, message: str) -> RuleResult:
     return RuleResult(
-        rule.id, rule.contract, rule.severity, rule.owner, rule.field, rule.description, not message, found, episodes, message
-    )  # fmt: skip
+        rule=rule.id,
+        contract=rule.contract,
+        severity=rule.severity,
+        owner=rule.owner,
+        field=rule.field,
+        description=rule.description,
+        success=not message,
+        found=found,
+        episodes=episodes,
+        message=message,
+    )
 
 
 def _groups(rule: Rule, table: pd.DataFrame) -> pd.DataFrame:
@@ -204,6 +207,8 @@ def _expected(rule: Rule) -> Iterable[_Expected]:
     """The expectations that a rule amounts to."""
     given, field = rule.parameters, str(rule.field)
     between, in_set = "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"
+    pair: dict[str, Any]
+    arguments: dict[str, Any]
     equal, ignore = "ExpectColumnPairValuesToBeEqual", {"ignore_row_if": "either_value_is_missing"}
     if rule.check == "schema":
         pair = {"column_A": "found", "column_B": "wanted", **ignore}
@@ -211,7 +216,7 @@ def _expected(rule: Rule) -> Iterable[_Expected]:
     elif rule.check == "unique":
         yield _Expected(rule, "episodes", "ExpectColumnValuesToBeUnique", {"column": "episode_id"})
     elif rule.check == "finite":
-        table = "steps" if field in _STEP_FIELDS else "episodes"
+        table = "steps" if field in _STEP_FIELDS else "substeps" if field == "substep_scores" else "episodes"
         yield _Expected(rule, table, between, {"column": f"{field}_not_finite", "min_value": 0, "max_value": 0})
     elif rule.check == "range":
         low, high = bounds(rule)
@@ -258,8 +263,8 @@ def _expected(rule: Rule) -> Iterable[_Expected]:
     elif rule.check == "outcome_reward":
         one = {"column": "last_reward", "value_set": [1]}
         yield _Expected(rule, "episodes", in_set, one, where=("outcome", ("success",)))
-        others = ("failure", "time_limit")
-        yield _Expected(rule, "episodes", "ExpectColumnValuesToNotBeInSet", one, where=("outcome", others))
+        kind = "ExpectColumnValuesToNotBeInSet"
+        yield _Expected(rule, "episodes", kind, one, where=("outcome", ("success",)), elsewhere=True)
     elif rule.check == "policy_version_by_source":
         for key, kind in (("required", "ExpectColumnValuesToNotBeNull"), ("forbidden", "ExpectColumnValuesToBeNull")):
             if sources := given.get(key):
@@ -274,7 +279,8 @@ def _great_expectations() -> tuple[Any, Any]:
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False, "metric_calculations": False}
+    bars: Any = {"globally": False, "metric_calculations": False}
+    context.variables.progress_bars = bars
     return gx, context
 
 
@@ -290,7 +296,11 @@ def _evaluate(frame: pd.DataFrame, expected: Sequence[_Expected]) -> Iterable[tu
         arguments = {key: value for key, value in one.arguments.items() if value is not None}
         if one.where is not None:
             column, values = one.where
-            arguments["row_condition"] = " or ".join(f"{column} == {value!r}" for value in values)
+            arguments["row_condition"] = (
+                " and ".join(f"{column} != {value!r}" for value in values)
+                if one.elsewhere
+                else " or ".join(f"{column} == {value!r}" for value in values)
+            )
             arguments["condition_parser"] = "pandas"
         expectations.append(getattr(gx.expectations, one.kind)(**arguments, meta={"number": number}))
     suite = gx.ExpectationSuite(name="contract", expectations=expectations)

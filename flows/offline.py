@@ -14,10 +14,10 @@ from flows.console import say
 
 
 @task(task_run_name="{stage}", retries=1, retry_delay_seconds=2)
-def reproduce(stage: str, root: str) -> bool:
+def reproduce(stage: str) -> bool:
     """Reproduce one stage; True where it ran, False where nothing had changed."""
     say(f"[bold]stage {stage}[/bold]")
-    ran = pipeline.run(stage, Path(root))
+    ran = pipeline.run(stage)
     if not ran:
         say("  unchanged: taken from the last run")
     return ran
@@ -35,21 +35,20 @@ def flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 @flow(name="offline", flow_run_name="offline")
-def offline(root: str = ".", until: str | None = None) -> dict[str, bool]:
+def offline(until: str | None = None) -> dict[str, bool]:
     """Bring the offline pipeline up to date.
 
     Args:
-        root: the DVC repository.
         until: last stage to run; all of them by default.
 
     Returns:
         For each stage, whether it ran.
     """
-    names = pipeline.stages(Path(root))
+    names = pipeline.stages()
     if until is not None:
         names = names[: names.index(until) + 1]
-    ran = {name: reproduce(name, root) for name in names}
-    for path in sorted(Path(root, "metrics").glob("*.json")):
+    ran = {name: reproduce(name) for name in names}
+    for path in sorted(Path("metrics").glob("*.json")):
         rows = [{"metric": k, "value": v} for k, v in flat(json.loads(path.read_text())).items()]
         create_table_artifact(rows, key=f"metrics-{path.stem}", description=f"{path.name} of the offline pipeline")
     create_markdown_artifact(
@@ -59,6 +58,6 @@ def offline(root: str = ".", until: str | None = None) -> dict[str, bool]:
 
 
 @flow(name="collect", flow_run_name="collect")
-def collect(root: str = ".") -> dict[str, bool]:
+def collect() -> dict[str, bool]:
     """Bring the three offline sources up to date: demonstrations, rollouts of historical policies, play."""
-    return {name: reproduce(name, root) for name in ("demonstrations", "sft", "rollouts", "play")}
+    return {name: reproduce(name) for name in ("demonstrations", "sft", "rollouts", "play")}

@@ -7,6 +7,7 @@ from the catalog, the spools and the learner's checkpoint. One flow run is one s
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -57,15 +58,15 @@ def specs(
 ) -> tuple[ProcessSpec, ProcessSpec, list[ProcessSpec]]:
     """The coordinator, the learner and the robots."""
     p = params.online
-    python = [sys.executable, "-m"]
+    python, parent = [sys.executable, "-m"], ["--parent", str(os.getpid())]
     coordinator = ProcessSpec(
         "coordinator",
-        [*python, "infra.coordinator", "--home", str(home), "--check", CHECK, "--standby", "--die-with-parent"],
+        [*python, "infra.coordinator", "--home", str(home), "--check", CHECK, "--standby", *parent],
         {"OMP_NUM_THREADS": "1"},
     )
     learner = ProcessSpec(
         "learner",
-        [*python, "flows.online_learner", "--home", str(home), "--params", str(params_path), "--die-with-parent"],
+        [*python, "flows.online_learner", "--home", str(home), "--params", str(params_path), *parent],
         {"OMP_NUM_THREADS": str(params.workers)},
     )
     robots = []
@@ -73,9 +74,7 @@ def specs(
         # Each robot begins with another task, so that a short run covers all of them.
         tasks = params.tasks[number % len(params.tasks) :] + params.tasks[: number % len(params.tasks)]
         config = RobotConfig(f"r{number}", tasks, seed=seed, operator=p.operator, pace=p.pace, drain_s=30.0)
-        robots.append(
-            ProcessSpec(f"robot-r{number}", [*robot_command(home, config), "--die-with-parent"], robot_environment())
-        )
+        robots.append(ProcessSpec(f"robot-r{number}", [*robot_command(home, config), *parent], robot_environment()))
     return coordinator, learner, robots
 
 

@@ -173,10 +173,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.online_learner", description="Learn while deployed.")
     parser.add_argument("--home", type=Path, required=True, help="the deployment")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--die-with-parent", action="store_true", help="stop when the process that started this ends")
+    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args()
-    if options.die_with_parent:
-        die_with_parent()
+    if options.parent:
+        die_with_parent(options.parent)
     stop = stop_on_signal()
     try:
         with deployment(options.home) as plane:

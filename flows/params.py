@@ -59,7 +59,7 @@ class EvaluateParams(_Section):
 
 class OnlineParams(_Section):
     robots: int = Field(4, gt=0)
-    pace: float = Field(1.0, gt=0)
+    pace: float = Field(1.0, ge=0, description="multiple of real time; 0 is as fast as possible")
     operator: float = Field(0.5, ge=0, le=1)
     updates: int = Field(gt=0)
     updates_per_episode: float = Field(gt=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -9,28 +10,28 @@ from pathlib import Path
 from infra.errors import ConfigError, LwdError
 
 
-def stages(root: Path = Path(".")) -> list[str]:
+def stages() -> list[str]:
     """Names of the pipeline's stages, in the order in which they depend on each other.
 
     Raises:
-        ConfigError: `root` is no DVC repository or its `dvc.yaml` is not valid.
+        ConfigError: the current folder is no DVC repository or its `dvc.yaml` is not valid.
     """
     import networkx
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
-        with Repo(str(root)) as repo:
+        with Repo() as repo:
             graph = repo.index.graph
             order = networkx.lexicographical_topological_sort(graph.reverse(), key=lambda stage: stage.addressing)
             return [stage.addressing for stage in order]
     except DvcException as error:
         raise ConfigError(
-            f"{root}/dvc.yaml: {error}", "run from the repository's root; `dvc repro` says more"
+            f"dvc.yaml: {error}", "run from the repository's root; `dvc repro` says more"
         ) from error
 
 
-def run(stage: str, root: Path = Path(".")) -> bool:
+def run(stage: str) -> bool:
     """Reproduce one stage; True where it ran, False where its inputs had not changed.
 
     Raises:
@@ -43,8 +44,9 @@ def run(stage: str, root: Path = Path(".")) -> bool:
     here = str(Path(sys.executable).parent)
     if os.environ["PATH"].split(os.pathsep)[0] != here:
         os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # the flow says what runs; DVC would say it twice
     try:
-        with Repo(str(root)) as repo:
+        with Repo() as repo:
             return bool(repo.reproduce(targets=[stage], single_item=True))
     except DvcException as error:
         cause = error.__cause__ or error

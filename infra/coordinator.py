@@ -306,12 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", required=True, help="module:function, the data contract for one episode")
     parser.add_argument("--batch-check", help="module:function, for the accepted episodes of a micro-batch")
     parser.add_argument("--standby", action="store_true", help="wait for the lease instead of ending")
-    parser.add_argument(
-        "--die-with-parent", action="store_true", help="stop when the process that started this one ends"
-    )
+    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args(arguments)
-    if options.die_with_parent:
-        die_with_parent()
+    if options.parent:
+        die_with_parent(options.parent)
     stop = stop_on_signal()
     try:
         settings = load_settings(home=options.home)

@@ -215,10 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--reader", default="learner", help="name of the reader; its cache lies below <home>/cache")
     parser.add_argument("--after", type=int, default=0, help="snapshot version that the reader holds")
-    parser.add_argument("--die-with-parent", action="store_true", help="stop when the process that started this ends")
+    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args(arguments)
-    if options.die_with_parent:
-        die_with_parent()
+    if options.parent:
+        die_with_parent(options.parent)
     stop = stop_on_signal()
     try:
         settings = load_settings(home=options.home)

@@ -38,13 +38,17 @@ def stop_on_signal() -> threading.Event:
     return stop
 
 
-def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process `number` when its parent dies (Linux; elsewhere nothing happens)."""
-    parent = os.getppid()
+def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
+    """Have the kernel send this process `number` when its parent dies (Linux; elsewhere nothing happens).
+
+    Args:
+        parent: its process id, from the command line: a parent that died while this process was being started can be
+            told from one that lives only by knowing who it was.
+    """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:
         os.kill(os.getpid(), number)
 
 

@@ -195,7 +195,7 @@ class SnapshotReader:
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "infra.prefetcher", "--home", str(settings.home), "--reader", self._name]
-        command += ["--after", str(self.version), "--die-with-parent"]
+        command += ["--after", str(self.version), "--parent", str(os.getpid())]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         self._started = time.monotonic()
 

@@ -291,7 +291,7 @@ def robot_environment() -> dict[str, str]:
 
 def spawn_robot(home: Path, config: RobotConfig) -> subprocess.Popen[bytes]:
     """Start this robot as a process; its log is `<home>/logs/robot-<id>.jsonl`."""
-    command = [*robot_command(home, config), "--die-with-parent"]
+    command = [*robot_command(home, config), "--parent", str(os.getpid())]
     return subprocess.Popen(command, env=os.environ | robot_environment(), stdin=subprocess.DEVNULL)
 
 
@@ -321,10 +321,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cohort", default="learning", choices=("learning", "canary", "production"))
     parser.add_argument("--drain", type=float, default=5.0, help="seconds to wait at the end for the spool to empty")
     parser.add_argument("--pace", type=float, default=0.0, help="multiple of real time; 0 is as fast as possible")
-    parser.add_argument("--die-with-parent", action="store_true", help="stop when the process that started this ends")
+    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args(arguments)
-    if options.die_with_parent:
-        die_with_parent()
+    if options.parent:
+        die_with_parent(options.parent)
     stop = stop_on_signal()
     config = RobotConfig(
         robot_id=options.robot,

@@ -29,11 +29,15 @@ def put(array: np.ndarray[Any, Any], index: Any, value: float) -> np.ndarray[Any
 
 BAD: dict[str, tuple[str, Callable[[Episode], dict[str, Any]], str]] = {
     "NaN action": ("action-finite", lambda e: {"actions": put(e.actions, (3, 2), np.nan)}, "actions[3, 2]"),
-    "NaN observation": ("observation-finite", lambda e: {"observations": put(e.observations, (0, 1), np.nan)}, "[0, 1]"),
+    "NaN observation": (
+        "observation-finite",
+        lambda e: {"observations": put(e.observations, (0, 1), np.nan)},
+        "[0, 1]",
+    ),
     "NaN reward": ("reward-finite", lambda e: {"rewards": put(e.rewards, 2, np.nan)}, "rewards[2]"),
     "NaN time": ("timestamp-finite", lambda e: {"timestamps": put(e.timestamps, 4, np.nan)}, "timestamps[4]"),
     "NaN clock": ("started-at-finite", lambda e: {"started_at": float("nan")}, "started_at"),
-    "old clock": ("started-at-range", lambda e: {"started_at": -5.0}, "below"),
+    "old clock": ("started-at-range", lambda e: {"started_at": -5.0}, "outside"),
     "action too large": ("action-limits", lambda e: {"actions": put(e.actions, (7, 4), -1.001)}, "actions[7, 4]"),
     "wrong unit": ("observation-range", lambda e: {"observations": put(e.observations, (1, 0), 5e3)}, "5000"),
     "action dimension": ("transition-schema", lambda e: {"actions": e.actions[:, :4]}, "(12, 5)"),
@@ -60,6 +64,7 @@ BAD: dict[str, tuple[str, Callable[[Episode], dict[str, Any]], str]] = {
     "unknown task": ("instruction-of-task", lambda e: {"task": "S9"}, "S9"),
     "another instruction": ("instruction-of-task", lambda e: {"instruction": "dance"}, "open the drawer"),
     "bad score": ("substep-scores-allowed", lambda e: {"substep_scores": (0.3,)}, "0.3"),
+    "NaN score": ("substep-scores-finite", lambda e: {"substep_scores": (float("nan"),)}, "not finite"),
     "scores missing": ("substeps-of-task", lambda e: {"substep_scores": ()}, "0 sub-step"),
     "no version": ("policy-version-by-source", lambda e: {"policy_version": None}, "online"),
     "negative version": ("policy-version-range", lambda e: {"policy_version": -1}, "below 0"),

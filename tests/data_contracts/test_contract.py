@@ -56,7 +56,13 @@ def test_edited_copy_goes_before_the_packaged_one(edited: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "problem", "nearest"),
     [
-        ("episode", "    quality:\n      - id: episode-schema", "    qualty:\n      - id: episode-schema", "qualty", "quality"),
+        (
+            "episode",
+            "    quality:\n      - id: episode-schema",
+            "    qualty:\n      - id: episode-schema",
+            "qualty",
+            "quality",
+        ),
         ("episode", "check: pattern, pattern", "check: patern, pattern", "patern", "'pattern'"),
         ("episode", "severity: warn", "severity: warning", "warning", "warn"),
         ("episode", "[demo, rollout, play, online]}", "[demo, rollout, play, online], vals: 1}", "vals", "values"),

@@ -247,12 +247,21 @@ def test_a_check_that_cannot_be_loaded_is_named(tmp_path: Path, capfd: pytest.Ca
     assert "no_such_module:check" in capfd.readouterr().err
 
 
+def test_a_child_whose_parent_died_while_it_was_started_ends_at_once() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code = f"from infra.process import die_with_parent; die_with_parent({gone.pid}); print('outlived')"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGTERM
+    assert child.stdout == ""
+
+
 def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
     """The parent is killed; the kernel tells the child, which writes that it was told."""
 
     def child() -> None:
         stop = stop_on_signal()
-        die_with_parent()
+        die_with_parent(os.getppid())
         (tmp_path / "started").touch()
         if stop.wait(30):
             (tmp_path / "stopped").touch()

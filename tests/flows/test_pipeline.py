@@ -1,0 +1,78 @@
+"""dvc.yaml is the one description of the stages, and every stage in it can be run."""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.workspace import freeze
+from flows import pipeline
+from flows.prefect_server import require_free
+from flows.stages.__main__ import NAMES, main
+from infra.errors import ConfigError, UnavailableError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_stages_come_in_the_order_of_their_dependencies(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = pipeline.stages()
+    assert set(names) == set(NAMES)
+    for before, after in (
+        ("demonstrations", "sft"),
+        ("sft", "rollouts"),
+        ("validate", "buffer"),
+        ("offline", "evaluate"),
+    ):
+        assert names.index(before) < names.index(after)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_is_a_module_and_a_command_of_dvc_yaml(name):
+    assert callable(importlib.import_module(f"flows.stages.{name}").run)
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][name]
+    assert stage["cmd"] == f"python -m flows.stages {name}"
+    assert f"flows/stages/{name}.py" in stage["deps"]
+
+
+def test_a_stage_that_does_not_exist_is_refused(capsys):
+    assert main(["demonstration"]) == 2
+
+
+def test_a_failing_stage_says_what_is_wrong_and_exits_with_its_code(tmp_path):
+    folder = freeze(tmp_path / "ws", {"tasks": ["S9"]})
+    command = [sys.executable, "-m", "flows.stages", "demonstrations"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == ConfigError.exit_code
+    assert "S9" in done.stderr
+    assert "fix:" in done.stderr
+
+
+def test_dvc_runs_a_stage_once_and_then_takes_it_from_the_last_run(tmp_path, monkeypatch):
+    folder = freeze(tmp_path / "ws", {"tasks": ["S1"], "workers": 1, "demonstrations": {"per_task": 2}})
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    assert pipeline.run("demonstrations") is True
+    assert Path("data/demonstrations/index.json").exists()
+    assert pipeline.run("demonstrations") is False
+
+
+def test_outside_a_repository_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"dvc\.yaml"):
+        pipeline.stages()
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UnavailableError, match=f"port {port}"):
+            require_free(port)

@@ -18,6 +18,7 @@ class _Section(BaseModel):
 class PolicyParams(_Section):
     preset: str = "state"
     horizon: int = Field(5, ge=1)
+    noise_scale: float = Field(1.0, ge=0, description="of the noise that deployed policies start from")
 
 
 class DemonstrationParams(_Section):

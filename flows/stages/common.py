@@ -30,6 +30,7 @@ def agent_config(params: Params, **learner: Any) -> AgentConfig:
         "obs_dim": len(FEATURES),
         "action_dim": ACTION_DIM,
         "horizon": params.policy.horizon,
+        "noise_scale": params.policy.noise_scale,
         "instructions": tuple(spec.instruction for spec in TASKS.values()),
     }
     return preset(params.policy.preset, policy, **learner)

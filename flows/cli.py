@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from flows.console import console, say
@@ -29,6 +30,7 @@ Home = Annotated[Path, typer.Option(help="The deployment's folder.", envvar="LWD
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of pipeline and online stage.")]
 Port = Annotated[int | None, typer.Option(help="Port of the Prefect server started for this command; any free one.")]
 HOME, PARAMS = Path("runs/local"), Path("params.yaml")
+out = Console(highlight=False)  # answers go to stdout; progress and errors to stderr
 
 
 def run_flow(name: str, home: Path, port: int | None, /, **arguments: Any) -> Any:
@@ -103,7 +105,7 @@ def evaluate(
         s = record["success"]
         score, cycle = record["score"]["mean"], record["cycle_time_s"]["mean"]
         table.add_row(name, f"{s['mean']:.3f}", f"{s['low']:.3f}–{s['high']:.3f}", f"{score:.3f}", f"{cycle:.1f}")
-    console.print(table)
+    out.print(table)
 
 
 @app.command()
@@ -121,7 +123,7 @@ def promote(
         "promote", home, port, home=str(home), version=version, gate=str(gate) if gate else None, approver=approver,
         digest=digest, params_path=str(params),
     )  # fmt: skip
-    say(f"[bold]{answer['verdict']}[/bold]: v{answer['candidate']} against v{answer['champion']}")
+    out.print(f"[bold]{answer['verdict']}[/bold]: v{answer['candidate']} against v{answer['champion']}")
     raise typer.Exit({"PASS": 0, "CONTINUE": 10, "FAIL": 11}[answer["verdict"]])
 
 
@@ -157,25 +159,33 @@ def contracts_check(
             refused += any(v.severity == "block" for v in broken)
             for v in broken:
                 what = f"{episode.episode_id} {episode.source} {episode.task}"
-                say(f"{v.severity:<5} {what}: {v.rule}: {v.message} ({v.owner})")
-    say(f"{seen} episodes, {refused} refused")
+                out.print(f"{v.severity:<5} {what}: {v.rule}: {v.message} ({v.owner})")
+    out.print(f"{seen} episodes, {refused} refused")
     raise typer.Exit(3 if refused else 0)
 
 
 @contracts.command("review")
 def contracts_review(
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("runs/contracts.html"), home: Home = HOME
+    page: Annotated[Path, typer.Option(help="The page.")] = Path("runs/contracts.html"), home: Home = HOME
 ) -> None:
-    """Write the stewards' page: the contracts in force and every refused episode with its reasons."""
-    from data_contracts.review import write_review
-
+    """Write the stewards' page: contracts, results on the current snapshot, every refused episode with its reasons."""
     from data_contracts.contract import load_contract
+    from data_contracts.review import write_review
+    from data_contracts.suites import validate_batch
     from flows.deployment import deployment
+    from flows.stages.common import QUARANTINE
+    from infra.episode import decode
 
-    with deployment(home) as plane:
-        refused = plane.quarantined()
     names = ("episode", "transition", "offline_buffer")
-    say(f"review: {write_review(out, [load_contract(name) for name in names], [], refused).resolve()}")
+    terms = [load_contract(name) for name in names]
+    with deployment(home) as plane:
+        members = plane.snapshots.episodes(plane.snapshots.latest().version)
+        held = [decode(plane.objects.get(member.key), name=member.key) for member in members]
+        refused = plane.quarantined()
+    if (QUARANTINE / "quarantine.json").exists():
+        refused = json.loads((QUARANTINE / "quarantine.json").read_text()) + refused
+    reports = [validate_batch(terms[0], held)] if held else []
+    out.print(f"review: {write_review(page, terms, reports, refused).resolve()}")
 
 
 @app.command()
@@ -189,7 +199,7 @@ def snapshots(home: Home = HOME, last: Annotated[int, typer.Option(help="How man
         for version in range(latest, max(0, latest - last), -1):
             s = plane.snapshots.get(version)
             table.add_row(str(s.version), str(s.episodes), str(s.added), str(s.removed), s.reason, s.digest[:12])
-    console.print(table)
+    out.print(table)
 
 
 @app.command()
@@ -198,13 +208,14 @@ def policies(home: Home = HOME, last: Annotated[int, typer.Option(help="How many
     from flows.deployment import deployment
 
     with deployment(home) as plane:
-        table = Table("version", "aliases", "status", "snapshot", "parent", "stage", "manifest digest")
+        table = Table("version", "aliases", "status", "snapshot", "parent", "stage")
+        table.add_column("manifest digest", overflow="fold", min_width=16)
         for row in plane.registry.policies()[:last]:
             table.add_row(
                 str(row["version"]), ", ".join(row["aliases"]), row["status"], str(row["snapshot_version"]),
                 str(row["parent"] or ""), str((row["details"] or {}).get("stage", "")), row["manifest_sha256"],
             )  # fmt: skip
-    console.print(table)
+    out.print(table)
 
 
 @app.command()
@@ -238,12 +249,12 @@ def status(home: Home = HOME) -> None:
                 robot.robot_id, robot.cohort, str(robot.active_version), str(robot.staged_version or ""),
                 str(robot.episodes), seen,
             )  # fmt: skip
-        console.print(table)
-        say(f"snapshot {latest.version}: {latest.episodes} episodes; quarantine: {len(plane.quarantined())}; "
+        out.print(table)
+        out.print(f"snapshot {latest.version}: {latest.episodes} episodes; quarantine: {len(plane.quarantined())}; "
             f"unaccounted: {unaccounted(plane)}")  # fmt: skip
-        say(f"champion: {plane.registry.alias('champion')}, previous: {plane.registry.alias('previous')}, "
+        out.print(f"champion: {plane.registry.alias('champion')}, previous: {plane.registry.alias('previous')}, "
             f"canary: {plane.registry.alias('canary')}")  # fmt: skip
-        say(f"learner: {json.dumps(read_json(plane.settings.home / 'learner' / 'status.json'))}")
+        out.print(f"learner: {json.dumps(read_json(plane.settings.home / 'learner' / 'status.json'))}")
 
 
 @app.command()
@@ -261,8 +272,10 @@ def robot(
 
     done = run_jobs(load_policy(bundle), job_list([task], episodes, seed, "evaluation"), source="rollout")
     for episode in done:
-        say(f"{episode.outcome:<10} {episode.timestamps[-1]:5.1f} s  score {episode.score:.2f}  {episode.instruction}")
-    say(f"success {sum(e.success for e in done)}/{len(done)}")
+        out.print(
+            f"{episode.outcome:<10} {episode.timestamps[-1]:5.1f} s  score {episode.score:.2f}  {episode.instruction}"
+        )
+    out.print(f"success {sum(e.success for e in done)}/{len(done)}")
     if pictures is not None:
         import numpy as np
         from PIL import Image

@@ -74,9 +74,7 @@ def demo(run_dir: str = "runs/demo", params_path: str = "params.yaml") -> dict[s
             policy_version=last,
             limits_s=limits_s(params.tasks),
         )
-        card = _gate(folder, plane, params, last, "online", "champion")
-        if card is not None:
-            report.record_model_card(folder, card)
+        _gate(folder, plane, params, last, "online", "champion")
         say("[bold]5/5 report[/bold]")
         record_online(folder, plane, _curve(plane, params))
         _film(folder, plane, params, results_of(plane, params, last, params.evaluate.episodes), last)
@@ -104,16 +102,16 @@ def start_over(run_dir: Path) -> None:
     shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _gate(
-    folder: Path, plane: Deployment, params: Params, candidate: int, name: str, against: str
-) -> dict[str, Any] | None:
+def _gate(folder: Path, plane: Deployment, params: Params, candidate: int, name: str, against: str) -> None:
     if plane.registry.alias("champion") == candidate:
-        return None  # promoted before this run was stopped
+        return  # promoted before this run was stopped
     judgement = judge(plane, params, candidate)
     for reason in judgement.decision.reasons:
         say(f"  {reason}")
     report.record_gate(folder, judgement.decision.as_dict(), candidate=name, champion=against)
-    return act_on(plane, judgement)
+    card = act_on(plane, judgement)
+    if card is not None:
+        report.record_model_card(folder, card)
 
 
 def _curve(plane: Deployment, params: Params) -> list[dict[str, Any]]:

@@ -26,9 +26,7 @@ def stages() -> list[str]:
             order = networkx.lexicographical_topological_sort(graph.reverse(), key=lambda stage: stage.addressing)
             return [stage.addressing for stage in order]
     except DvcException as error:
-        raise ConfigError(
-            f"dvc.yaml: {error}", "run from the repository's root; `dvc repro` says more"
-        ) from error
+        raise ConfigError(f"dvc.yaml: {error}", "run from the repository's root; `dvc repro` says more") from error
 
 
 def run(stage: str) -> bool:

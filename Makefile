@@ -50,4 +50,4 @@ bench-gate: setup  ## false promotion rate and power of the gate: docs/results/g
 	$(BIN)/python -m bench.gate
 
 clean:  ## remove what demo and bench wrote (not the environment)
-	rm -rf runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf runs data models metrics plots .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,13 +1,11 @@
-"""Learner updates per second and their share of the matmul peak: `python -m bench.speed_learner [--threads 1]`.
+"""Learner updates per second and their share of the matmul peak.
 
-The peak is that of 2048 × 2048 products in the format that the trunks compute in, measured in turns with the updates:
+The peak is that of square products (2048 × 2048) in the format that the trunks compute in, measured in turns with the updates:
 other work on the machine then slows both, and the share stays. Work is counted by torch's own FLOP counter.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -66,13 +64,20 @@ def matmul_peak(dtype: torch.dtype, threads: int, seconds: float = 0.3, size: in
     torch.set_num_threads(threads)
     a = torch.randn(size, size, dtype=dtype)
     torch.mm(a, a)
-    rate = _rate(lambda: torch.mm(a, a), seconds)
+    rate = rate_of(lambda: torch.mm(a, a), seconds)
     torch.set_num_threads(before)
     return rate * 2 * size**3
 
 
-def measure(config: AgentConfig, threads: int, dtype: torch.dtype | None = None, rounds: int = 7) -> dict[str, Any]:
-    """Updates/s and share of peak of one configuration; medians over rounds, peak and updates in turns."""
+def measure(
+    config: AgentConfig,
+    threads: int,
+    dtype: torch.dtype | None = None,
+    rounds: int = 7,
+    seconds: float = 1.0,
+    peak_size: int = 2048,
+) -> dict[str, Any]:
+    """Updates/s and share of peak of one configuration; medians over rounds of peak, `seconds` of updates, peak."""
     device = torch.device("cpu")
     chosen = dtype or compute_dtype(device, min(config.policy.width, config.critic.width))
     torch.set_num_threads(1)
@@ -90,9 +95,11 @@ def measure(config: AgentConfig, threads: int, dtype: torch.dtype | None = None,
     agent.update(batch, g)
     turns = []
     for _ in range(rounds):
-        peak = matmul_peak(chosen, threads)
-        rate = _rate(lambda: agent.update(batch, g), 1.0)
-        turns.append((rate, peak, rate * work / (0.5 * (peak + matmul_peak(chosen, threads)))))
+        peak = matmul_peak(chosen, threads, 0.3 * seconds, peak_size)
+        rate = rate_of(lambda: agent.update(batch, g), seconds)
+        turns.append(
+            (rate, peak, rate * work / (0.5 * (peak + matmul_peak(chosen, threads, 0.3 * seconds, peak_size))))
+        )
     return {
         "updates_per_s": round(statistics.median(t[0] for t in turns), 2),
         "share_of_matmul_peak": round(statistics.median(t[2] for t in turns), 3),
@@ -108,7 +115,8 @@ def measure(config: AgentConfig, threads: int, dtype: torch.dtype | None = None,
     }
 
 
-def _rate(call: Callable[[], Any], seconds: float) -> float:
+def rate_of(call: Callable[[], Any], seconds: float) -> float:
+    """Calls a second, over at least `seconds`."""
     count, start = 0, time.perf_counter()
     while True:
         call()
@@ -116,19 +124,3 @@ def _rate(call: Callable[[], Any], seconds: float) -> float:
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
             return count / elapsed
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="thread counts to measure")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: by what the processor can do")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    for threads in options.threads:
-        for name, config in (("learner", state_preset()), ("plain_4x256", plain_4x256())):
-            print(json.dumps({name: measure(config, threads, dtype, options.rounds)}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

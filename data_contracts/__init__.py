@@ -2,6 +2,7 @@
 
 contracts/     the contracts themselves (Open Data Contract Standard v3); LWD_CONTRACTS names a folder of edited copies
 contract.py    reads a contract and refuses typos
+rules.py       which checks there are, their parameters, and the fields that each fits
 checks.py      one episode against its contract in plain code, as it arrives
 frames.py      many episodes as tables
 suites.py      the same rules over those tables, or over the whole buffer, in Great Expectations

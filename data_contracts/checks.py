@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_contracts.contract import Contract, Field, Rule, Severity, load_contract
+from data_contracts.contract import Contract, Field, load_contract
+from data_contracts.rules import Rule, Severity
 from infra.episode import Episode
 
 Check = Callable[[Rule, Contract, Episode], str | None]

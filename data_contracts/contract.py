@@ -1,89 +1,30 @@
 """Reads a contract: Open Data Contract Standard YAML in, typed rules out, typos refused.
 
-A quality entry of type `custom` and engine `lwd` is a rule. Its `implementation` names a check of `PARAMETERS` and
-that check's parameters; `severity` is `block` (quarantine) or `warn` (reported), and its custom property `owner` names
-who answers for it.
+A quality entry of type `custom` and engine `lwd` is a rule. Its `implementation` names a check of `rules.PARAMETERS`
+and that check's parameters; `severity` is `block` (quarantine) or `warn` (reported), and its custom property `owner`
+names who answers for it.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import pydantic
 import yaml
 from open_data_contract_standard.model import DataQuality, OpenDataContractStandard
 
+from data_contracts.rules import FIELDS, SEVERITIES, Rule, Severity, nearest, problem
 from infra.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "contracts"
 ENVIRONMENT = "LWD_CONTRACTS"
 SUFFIX = ".odcs.yaml"
 NAMES = ("episode", "transition", "offline_buffer")
-Severity = Literal["block", "warn"]
-SEVERITIES = ("block", "warn")
-
-_number, _text, _texts, _values, _map = (int, float), (str,), (list, "text"), (list,), (dict,)
-# check -> where it may stand ("field": on a property, "object": on the whole) and its parameters; True = required.
-PARAMETERS: dict[str, tuple[str, dict[str, tuple[Any, bool]]]] = {
-    "schema": ("object", {}),
-    "unique": ("object", {}),
-    "finite": ("field", {}),
-    "range": ("field", {"min": (_number, False), "max": (_number, False), "tolerance": (_number, False)}),
-    "allowed": ("field", {"values": (_values, True)}),
-    "pattern": ("field", {"pattern": (_text, True)}),
-    "increasing": ("field", {}),
-    "period": ("field", {"of": (_text, True), "nominal": (_number, True), "tolerance": (_number, True)}),
-    "reward_at_end": ("field", {}),
-    "intervention_by_source": ("object", {"never": (_texts, True)}),
-    "instruction_of_task": ("object", {}),
-    "steps_of_task": ("object", {}),
-    "substeps_of_task": ("object", {}),
-    "outcome_by_source": ("object", {"outcomes": (_map, True)}),
-    "outcome_reward": ("object", {}),
-    "policy_version_by_source": ("object", {"required": (_texts, False), "forbidden": (_texts, False)}),
-    "episodes": (
-        "object",
-        {"by": (_texts, False), "sources": (_texts, False), "min": (_number, False), "max": (_number, False)},
-    ),
-    "fraction": (
-        "object",
-        {"by": (_texts, True), "sources": (_texts, False), "min": (_number, False), "max": (_number, False)},
-    ),
-    "success_rate": ("object", {"sources": (_texts, False), "min": (_number, False), "max": (_number, False)}),
-}
-_BUFFER_CHECKS = {"unique", "episodes", "fraction", "success_rate"}
-_CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("period", "of"): ("mean", "each"),
-    ("episodes", "by"): ("task", "source"),
-    ("fraction", "by"): ("task", "source"),
-    **{
-        (check, parameter): ("demo", "rollout", "play", "online")
-        for check, parameter in (
-            ("intervention_by_source", "never"),
-            ("policy_version_by_source", "required"),
-            ("policy_version_by_source", "forbidden"),
-            ("episodes", "sources"),
-            ("fraction", "sources"),
-            ("success_rate", "sources"),
-            ("outcome_by_source", "outcomes"),
-        )
-    },
-}
-# The fields of an episode that a contract may speak of; the transition's are arrays.
-_FIELDS = {
-    "episode": {
-        "episode_id", "robot_id", "task", "instruction", "source", "outcome", "policy_version", "substep_scores",
-        "started_at", "schema_version",
-    },
-    "transition": {"observations", "actions", "rewards", "intervention", "timestamps"},
-    "offline_buffer": {"episode_id", "task", "source", "outcome"},
-}  # fmt: skip
 _LOGICAL_TYPES = ("string", "integer", "number", "boolean", "array", "object")
 _TASK_KEYS = {"key": str, "instruction": str, "substeps": int, "max_steps": int}
 
@@ -100,23 +41,6 @@ class Field:
     description: str
     unit: str = ""
     rows: str = ""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One quality rule: what is checked, how bad a breach is, and who answers for it.
-
-    `field` is the attribute of the episode it speaks of, or None for the episode or the buffer as a whole.
-    """
-
-    id: str
-    check: str
-    severity: Severity
-    owner: str
-    description: str
-    field: str | None
-    parameters: Mapping[str, Any]
-    contract: str
 
 
 @dataclass(frozen=True)
@@ -150,7 +74,7 @@ class Contract:
             if rule.id == rule_id:
                 return rule
         ids = [rule.id for rule in self.rules]
-        raise ConfigError(f"{self.path} has no rule {rule_id!r}", f"use {_nearest(rule_id, ids)}")
+        raise ConfigError(f"{self.path} has no rule {rule_id!r}", f"use {nearest(rule_id, ids)}")
 
 
 def contract_path(name_or_path: str | Path) -> Path:
@@ -165,7 +89,7 @@ def contract_path(name_or_path: str | Path) -> Path:
             raise ConfigError(f"there is no contract file {text}", "give the path of an .odcs.yaml file")
         return Path(text)
     if text not in NAMES:
-        raise ConfigError(f"there is no contract {text!r}", f"use {_nearest(text, NAMES)}, or the path of a file")
+        raise ConfigError(f"there is no contract {text!r}", f"use {nearest(text, NAMES)}, or the path of a file")
     if edited := os.environ.get(ENVIRONMENT):
         folder = Path(edited)
         if not folder.is_dir():
@@ -173,7 +97,7 @@ def contract_path(name_or_path: str | Path) -> Path:
         known = [name + SUFFIX for name in NAMES]
         for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
             if file.name not in known:  # else a misspelt file would quietly leave the packaged contract in force
-                raise ConfigError(f"{file} is not the name of a contract", f"call it {_nearest(file.name, known)}")
+                raise ConfigError(f"{file} is not the name of a contract", f"call it {nearest(file.name, known)}")
         if (folder / (text + SUFFIX)).is_file():
             return folder / (text + SUFFIX)
     return FOLDER / (text + SUFFIX)
@@ -216,13 +140,6 @@ def _merge(contract: Contract, other: Contract) -> Contract:
         action_dim=other.action_dim,
         observation_dim=other.observation_dim,
     )
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    """The nearest valid word for a message, or all of them if none is near."""
-    choices = sorted(valid)
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return repr(near[0]) if near else "one of " + ", ".join(choices)
 
 
 class _Reader:
@@ -276,7 +193,7 @@ class _Reader:
         if model.kind != "DataContract" or not str(model.apiVersion).startswith("v3."):
             self.fail(("kind",), f"is {model.kind} {model.apiVersion}", "use kind DataContract, apiVersion v3.1.0")
         if model.name not in NAMES:
-            self.fail(("name",), f"unknown contract {model.name!r}", f"use {_nearest(str(model.name), NAMES)}")
+            self.fail(("name",), f"unknown contract {model.name!r}", f"use {nearest(str(model.name), NAMES)}")
         if len(self.raw["schema"]) != 1:
             self.fail(("schema",), "has more than one object", "keep one object to a contract")
         name = str(model.name)
@@ -310,7 +227,7 @@ class _Reader:
             valid = {info.alias or name: name for name, info in type(parsed).model_fields.items()}
             for key, value in raw.items():
                 if key not in valid:
-                    self.fail((*at, key), f"unknown field {key!r}", f"use {_nearest(str(key), valid)}")
+                    self.fail((*at, key), f"unknown field {key!r}", f"use {nearest(str(key), valid)}")
                 self._unknown_fields(value, getattr(parsed, valid[key]), (*at, key))
         elif isinstance(parsed, list) and isinstance(raw, list):
             for index, (one, other) in enumerate(zip(raw, parsed, strict=True)):
@@ -324,7 +241,7 @@ class _Reader:
             at = ("customProperties", index, "property")
             if key not in valid:
                 self.fail(
-                    at, f"unknown custom property {key!r}", f"use {_nearest(key, valid)}" if valid else "remove it"
+                    at, f"unknown custom property {key!r}", f"use {nearest(key, valid)}" if valid else "remove it"
                 )
             if key.endswith("_dim") and (type(value) is not int or value < 1):
                 self.fail(at, f"{key} is {value!r}", "give a whole number of at least 1")
@@ -343,7 +260,7 @@ class _Reader:
                 self.fail(at, f"task {entry!r} is no mapping", "give key, instruction, substeps, max_steps")
             label = f"task {entry.get('key', '?')}"
             for key in entry.keys() - _TASK_KEYS.keys():
-                self.fail(at, f"{label}: unknown field {key!r}", f"use {_nearest(str(key), _TASK_KEYS)}")
+                self.fail(at, f"{label}: unknown field {key!r}", f"use {nearest(str(key), _TASK_KEYS)}")
             for key, kind in _TASK_KEYS.items():
                 if type(entry.get(key)) is not kind:
                     self.fail(at, f"{label}: {key} is {entry.get(key)!r}", f"give {key} as {kind.__name__}")
@@ -360,11 +277,13 @@ class _Reader:
             at = ("schema", 0, "properties", index)
             label = str(entry.get("name"))
             attribute = str(entry.get("physicalName") or label)
-            if attribute not in _FIELDS[name]:
-                self.fail((*at, "name"), f"unknown column {attribute!r}", f"use {_nearest(attribute, _FIELDS[name])}")
+            if attribute not in FIELDS[name]:
+                self.fail((*at, "name"), f"unknown column {attribute!r}", f"use {nearest(attribute, FIELDS[name])}")
             if entry.get("logicalType") not in _LOGICAL_TYPES:
                 kind = str(entry.get("logicalType"))
-                self.fail((*at, "logicalType"), f"{label}: no type {kind!r}", f"use {_nearest(kind, _LOGICAL_TYPES)}")
+                self.fail((*at, "logicalType"), f"{label}: no type {kind!r}", f"use {nearest(kind, _LOGICAL_TYPES)}")
+            if not entry.get("required") and attribute != "policy_version":
+                self.fail(at, f"{label} is not required, but every episode has it", "write required: true")
             custom = {one.get("property"): one.get("value") for one in entry.get("customProperties") or []}
             fields.append(
                 Field(
@@ -379,7 +298,7 @@ class _Reader:
                 )
             )
             rules += self._rules(name, attribute, entry.get("quality") or [], (*at, "quality"))
-        if missing := _FIELDS[name] - {one.name for one in fields}:
+        if missing := FIELDS[name] - {one.name for one in fields}:
             self.fail(("schema", 0, "properties"), f"lacks {', '.join(sorted(missing))}", "put the columns back")
         return tuple(fields), tuple(rules)
 
@@ -396,14 +315,15 @@ class _Reader:
                 self.fail(here, f"rule id {quality.id!r}", "give it an id of lower-case letters, digits and dashes")
             if quality.severity not in SEVERITIES:
                 severity = str(quality.severity)
-                fix = f"use {_nearest(severity, SEVERITIES)}"
+                fix = f"use {nearest(severity, SEVERITIES)}"
                 self.fail((*here, "severity"), f"rule {rule_id!r}: no severity {severity!r}", fix)
             owners = [one.value for one in quality.customProperties or [] if one.property == "owner"]
             if len(owners) != 1 or not owners[0]:
                 self.fail(here, f"rule {rule_id!r} has no owner", "add customProperties: [{property: owner, value: …}]")
             parameters = dict(implementation)
             check = str(parameters.pop("check", None))
-            self._parameters(name, field, rule_id, check, parameters, (*here, "implementation"))
+            if wrong := problem(name, field, check, parameters):
+                self.fail((*here, "implementation", *wrong.at), f"rule {rule_id!r}: {wrong.problem}", wrong.fix)
             rules.append(
                 Rule(
                     id=quality.id,
@@ -417,40 +337,3 @@ class _Reader:
                 )
             )
         return rules
-
-    def _parameters(
-        self, name: str, field: str | None, rule: str, check: str, given: dict[str, Any], at: tuple[str | int, ...]
-    ) -> None:
-        place = "object" if field is None else "field"
-        if name == "offline_buffer":
-            valid = _BUFFER_CHECKS
-        else:
-            valid = {key for key, (where, _) in PARAMETERS.items() if where == place}
-            valid -= _BUFFER_CHECKS - {"unique"}
-        if check not in valid:
-            self.fail((*at, "check"), f"rule {rule!r}: no check {check!r} here", f"use {_nearest(check, valid)}")
-        known = PARAMETERS[check][1]
-        for key, value in given.items():
-            if key not in known:
-                fix = f"use {_nearest(key, known)}" if known else f"{check} takes no parameters; remove it"
-                self.fail((*at, key), f"rule {rule!r}: unknown parameter {key!r}", fix)
-            kinds = tuple(kind for kind in known[key][0] if isinstance(kind, type))
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                self.fail((*at, key), f"rule {rule!r}: {key} is {value!r}", f"give a {kinds[-1].__name__}")
-            if choices := _CHOICES.get((check, key)):
-                listed: Any = [value] if isinstance(value, str) else value
-                for one in listed:
-                    if one not in choices:
-                        fix = f"use {_nearest(str(one), choices)}"
-                        self.fail((*at, key), f"rule {rule!r}: no {key} {one!r}", fix)
-        if missing := [key for key, (_, needed) in known.items() if needed and key not in given]:
-            self.fail(at, f"rule {rule!r}: parameter {missing[0]!r} is missing", f"add {missing[0]} to implementation")
-        if "min" in known and given.get("min") is None and given.get("max") is None:
-            self.fail(at, f"rule {rule!r} has no bound", "add min or max")
-        if given.get("min") is not None and given.get("max") is not None and given["min"] > given["max"]:
-            self.fail(at, f"rule {rule!r}: min is above max", "exchange the two")
-        if check == "pattern":
-            try:
-                re.compile(given["pattern"])
-            except re.error as error:
-                self.fail((*at, "pattern"), f"rule {rule!r}: {error}", "mend the regular expression")

@@ -12,7 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from data_contracts.contract import Contract, Rule
+from data_contracts.contract import Contract
+from data_contracts.rules import Rule
 from data_contracts.suites import BatchReport
 
 SHOWN = 500  # quarantined episodes on the page; the rest are counted

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_contracts.checks import Violation, bounds, default_contract, outside
-from data_contracts.contract import Contract, Rule, Severity
+from data_contracts.contract import Contract
 from data_contracts.frames import Frames, composition, frames
+from data_contracts.rules import Rule, Severity
 from infra.episode import SOURCES, Episode
 from infra.errors import ConfigError
 

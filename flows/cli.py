@@ -174,13 +174,11 @@ def contracts_review(
     from data_contracts.suites import validate_batch
     from flows.deployment import deployment
     from flows.stages.common import QUARANTINE
-    from infra.episode import decode
 
     names = ("episode", "transition", "offline_buffer")
     terms = [load_contract(name) for name in names]
     with deployment(home) as plane:
-        members = plane.snapshots.episodes(plane.snapshots.latest().version)
-        held = [decode(plane.objects.get(member.key), name=member.key) for member in members]
+        held = plane.members()
         refused = plane.quarantined()
     if (QUARANTINE / "quarantine.json").exists():
         refused = json.loads((QUARANTINE / "quarantine.json").read_text()) + refused
@@ -235,7 +233,6 @@ def status(home: Home = HOME) -> None:
     import sqlalchemy as sa
 
     from flows.deployment import deployment, read_json
-    from flows.online import unaccounted
     from infra.catalog import schema
 
     with deployment(home) as plane:
@@ -251,7 +248,7 @@ def status(home: Home = HOME) -> None:
             )  # fmt: skip
         out.print(table)
         out.print(f"snapshot {latest.version}: {latest.episodes} episodes; quarantine: {len(plane.quarantined())}; "
-            f"unaccounted: {unaccounted(plane)}")  # fmt: skip
+            f"unaccounted: {plane.unaccounted()}")  # fmt: skip
         out.print(f"champion: {plane.registry.alias('champion')}, previous: {plane.registry.alias('previous')}, "
             f"canary: {plane.registry.alias('canary')}")  # fmt: skip
         out.print(f"learner: {json.dumps(read_json(plane.settings.home / 'learner' / 'status.json'))}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, schema
+from infra.episode import Episode, decode
 from infra.objects import DirectoryStore
 from infra.policy.channel import PolicyPublisher, fetch_bundle
 from infra.policy.keys import Signer, create_keys, load_signer
@@ -33,6 +34,25 @@ class Deployment:
     def bundle(self, version: int) -> Path:
         """A published policy's files, fetched from the store for evaluation."""
         return fetch_bundle(self.objects, self.catalog, version, self.settings.home / "policies" / f"{version:06d}")
+
+    def unaccounted(self) -> int:
+        """Committed episodes that are neither in a snapshot nor in quarantine (invariant I1); 0 once all is settled."""
+        episodes, members, held = schema.episodes, schema.snapshot_episodes, schema.quarantine
+        query = (
+            sa.select(sa.func.count())
+            .select_from(episodes)
+            .where(
+                ~sa.exists().where(members.c.episode_id == episodes.c.episode_id),
+                ~sa.exists().where(held.c.episode_id == episodes.c.episode_id),
+            )
+        )
+        with self.catalog.read() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def members(self) -> list[Episode]:
+        """The episodes of the current snapshot, decoded."""
+        current = self.snapshots.episodes(self.snapshots.latest().version)
+        return [decode(self.objects.get(member.key), name=member.key) for member in current]
 
     def quarantined(self) -> list[dict[str, object]]:
         """Refused episodes with their reasons, as the review page and the report take them."""

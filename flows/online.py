@@ -122,24 +122,22 @@ def _drain(supervisor: Supervisor, home: Path, timeout_s: float = 120.0) -> None
     """Wait until the coordinator has settled every committed episode."""
     end = time.monotonic() + timeout_s
     with deployment(home) as plane:
-        while unaccounted(plane) and time.monotonic() < end:
+        while plane.unaccounted() and time.monotonic() < end:
             supervisor.poll()
             time.sleep(0.2)
 
 
-def unaccounted(plane: Deployment) -> int:
-    """Committed episodes that are neither in a snapshot nor in quarantine (invariant I1)."""
-    episodes, members, held = schema.episodes, schema.snapshot_episodes, schema.quarantine
-    query = (
-        sa.select(sa.func.count())
-        .select_from(episodes)
-        .where(
-            ~sa.exists().where(members.c.episode_id == episodes.c.episode_id),
-            ~sa.exists().where(held.c.episode_id == episodes.c.episode_id),
-        )
-    )
-    with plane.catalog.read() as connection:
-        return int(connection.execute(query).scalar_one())
+@task
+def audit_snapshot(home: str) -> bool:
+    """The whole snapshot against the episode contract, in Great Expectations; what single episodes cannot show."""
+    from data_contracts.contract import load_contract
+    from data_contracts.suites import validate_batch
+
+    with deployment(Path(home)) as plane:
+        report = validate_batch(load_contract("episode"), plane.members())
+    for violation in report.violations:
+        say(f"  [yellow]snapshot: {violation.severity}: {violation.rule}: {violation.message}[/yellow]")
+    return report.success
 
 
 def summarise(plane: Deployment, restarts: dict[str, int]) -> OnlineSummary:
@@ -156,7 +154,7 @@ def summarise(plane: Deployment, restarts: dict[str, int]) -> OnlineSummary:
             episodes=count(members, members.c.removed.is_(None)),
             interventions=count(members, members.c.removed.is_(None), members.c.interventions > 0),
             quarantined=count(schema.quarantine),
-            unaccounted=unaccounted(plane),
+            unaccounted=plane.unaccounted(),
             policies=count(schema.policies),
             redeployments=count(schema.measurements, schema.measurements.c.name == "publish_to_active_s"),
             updates=int(read_json(plane.settings.home / "learner" / STATUS).get("updates", 0)),  # type: ignore[call-overload]
@@ -183,9 +181,9 @@ def online(home: str = "runs/local", params_path: str = "params.yaml") -> dict[s
             f"{summary.unaccounted} committed episodes are in no snapshot and not in quarantine",
             "run the flow again: the coordinator takes them up where it stopped",
         )
-    create_markdown_artifact(
-        "\n".join(f"- {name}: {value}" for name, value in asdict(summary).items()), key="online-summary"
-    )
+    sound = audit_snapshot(home) if summary.episodes else True
+    rows = asdict(summary) | {"snapshot passes its contract": sound}
+    create_markdown_artifact("\n".join(f"- {name}: {value}" for name, value in rows.items()), key="online-summary")
     say(f"snapshot {version} holds {summary.episodes} episodes, {summary.quarantined} in quarantine, 0 unaccounted")
     return asdict(summary)
 

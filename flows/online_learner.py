@@ -112,12 +112,14 @@ def start(params: Params, plane: Deployment) -> OnlineLearner:
     folder = plane.settings.home / "learner"
     folder.mkdir(parents=True, exist_ok=True)
     p = params.online
-    options: dict[str, Any] = {"tau_base": p.tau_base, "publish_every": p.publish_every, **p.learner}
+    options: dict[str, Any] = {"tau_base": p.tau_base, "updates": p.updates, **p.learner}
     resumed = (folder / CHECKPOINT).exists()
     source = folder / CHECKPOINT if resumed else OFFLINE / CHECKPOINT
     learner = Learner.resume(source, options, threads=params.workers)
     if not resumed:
-        learner.snapshot_version, learner.position = 0, {"began_at": learner.updates}
+        # Its parent is what the fleet runs now: the newest policy, published from the offline stage.
+        parent = plane.registry.policies()[0]["version"]
+        learner.snapshot_version, learner.position = 0, {"began_at": learner.updates, "version": parent}
     offline, online = replay_for(learner.config), replay_for(learner.config)
     for episode in read_buffer(BUFFER):
         offline.add(episode, n_step(episode.task, learner.config.learner))

@@ -4,7 +4,7 @@ One process holds the lease. In one transaction it inserts the accepted episodes
 refused ones into quarantine, advances the stored offsets and proves its lease: after a crash anywhere the same events
 are read again and nothing happens twice.
 
-    python -m infra.coordinator --home runs/local --check data_contracts.checks:check_episode
+    python -m infra.coordinator --home runs/local --check data_contracts.checks:default_check
 """
 
 from __future__ import annotations

@@ -115,7 +115,6 @@ class LearnerConfig:
         grad_clip: norm; 0 is off.
         ema, deploy_ema: rates of targets and reference, and of the deployed policy.
         online_fraction: share of online samples in a batch, exact.
-        publish_every: learner updates between two published policies.
         updates: planned length, for the decay.
     """
 
@@ -152,7 +151,6 @@ class LearnerConfig:
     ema: float = 0.005
     deploy_ema: float = 0.005
     online_fraction: float = 0.5
-    publish_every: int = 50
     updates: int = 1000
 
     def __post_init__(self) -> None:
@@ -160,10 +158,7 @@ class LearnerConfig:
         _check(
             self,
             {name: unit for name in ("gamma", "tau_base", "tau_min", "tau_max", "ema", "deploy_ema", "online_fraction")}
-            | {
-                name: (1, None)
-                for name in ("n_step_short", "n_step_long", "batch", "samples", "updates", "publish_every")
-            }
+            | {name: (1, None) for name in ("n_step_short", "n_step_long", "batch", "samples", "updates")}
             | {name: (0, None) for name in ("alpha", "inv_temp", "critic_warmup", "weight_decay", "grad_clip")}
             | {"policy_lr": (0, 1), "critic_lr": (0, 1), "policy_batch": (1, self.batch)},
         )

@@ -21,6 +21,9 @@ def main(argv: list[str]) -> int:
     except LwdError as error:
         console.print(f"stage {argv[0]}: {error}", markup=False)
         return error.exit_code
+    except KeyboardInterrupt:
+        console.print(f"stage {argv[0]}: stopped; the same command runs it again", markup=False)
+        return 130
     return 0
 
 

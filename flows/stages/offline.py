@@ -21,7 +21,9 @@ from lwd_model.shards import read_buffer
 
 
 def run(params: Params) -> None:
-    learner = Learner.resume(SFT / CHECKPOINT, params.offline.learner, threads=params.workers)
+    learner = Learner.resume(
+        SFT / CHECKPOINT, params.offline.learner | {"updates": params.offline.updates}, threads=params.workers
+    )
     agent, config = learner.agent, learner.config
     replay = replay_for(config)
     for episode in read_buffer(BUFFER):
@@ -34,7 +36,7 @@ def run(params: Params) -> None:
         def on_step(update: int, metrics: dict[str, float] | None) -> None:
             if metrics is not None:
                 rows.append({"update": update, **metrics})
-            advance(1, f"Q {metrics['divl/q']:.3f}  τ {metrics['value/tau']:.2f}" if metrics else "")
+            advance(1, f"Q {metrics['divl/q']:.3f}  target {metrics['divl/target']:.3f}" if metrics else "")
 
         learner.fit(
             lambda rng: replay.sample(config.learner.batch, rng, balanced=True),

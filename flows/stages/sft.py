@@ -22,7 +22,7 @@ from lwd_model.shards import read_buffer
 
 
 def run(params: Params) -> None:
-    config = agent_config(params)
+    config = agent_config(params, **params.offline.learner | {"updates": params.sft.updates})
     episodes = list(read_buffer(DEMONSTRATIONS))
     replay = replay_for(config)
     for episode in episodes:

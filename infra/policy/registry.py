@@ -194,8 +194,8 @@ class Registry:
     def _promotable(self, connection: sa.Connection, version: int) -> Any:
         policy = _policy(connection, version)
         champion = _alias(connection, "champion")
-        if policy.status == "refused":
-            raise ConfigError(f"policy {version} was refused", "publish a new one")
+        if policy.status in ("refused", "rolled back"):
+            raise ConfigError(f"policy {version} was {policy.status}", "publish a new one")
         if champion is not None and version <= champion:
             raise ConfigError(
                 f"policy {version} is not newer than the champion, {champion}",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_contracts.contract import FOLDER, NAMES, load_contract
+from data_contracts.rules import FIELDS, FITS, KINDS, PARAMETERS, problem
 from infra.errors import ConfigError
 from infra.fleet.tasks import TASKS
 
@@ -84,6 +85,13 @@ def test_edited_copy_goes_before_the_packaged_one(edited: Path) -> None:
         ("transition", "value: 5", "value: five", "five", "whole number"),
         ("transition", "physicalName: rewards", "physicalName: reward", "reward", "rewards"),
         ("offline_buffer", "by: [task], sources", "by: [tsk], sources", "tsk", "task"),
+        ("transition", "min: -1000, max", "min: .nan, max", "nan", "finite number"),
+        ("episode", "outcomes: {demo: [success]}", "outcomes: {demo: success}", "demo is 'success'", "list some of"),
+        ("episode", "outcomes: {demo: [success]}", "outcomes: {demo: [sucess]}", "sucess", "success"),
+        ("episode", "{check: allowed, values: [1]}", "{check: allowed, values: ['1']}", "'1'", "whole number"),
+        ("episode", "values: [demo, rollout, play, online]", "values: [demo, 1]", "1", "words"),
+        ("episode", "values: [0, 0.5, 1]", "values: []", "[]", "numbers"),
+        ("episode", "required: true", "required: false", "episode_id", "required: true"),
         ("offline_buffer", "check: fraction", "check: range", "range", "fraction"),
         ("offline_buffer", "domain: robot-learning", "domain: [", "not YAML", "mend"),
     ],
@@ -118,3 +126,68 @@ def test_unknown_names_are_refused(edited: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LWD_CONTRACTS", str(edited / "absent"))
     with pytest.raises(ConfigError, match="not a folder"):
         load_contract("episode")
+
+
+_EXAMPLES = {
+    "range": {"min": 0},
+    "period": {"of": "mean", "nominal": 0.05, "tolerance": 0.01},
+    "pattern": {"pattern": "x"},
+}
+
+
+def _example(check: str, field: str) -> dict[str, object]:
+    if check == "allowed":
+        return {"values": ["x"] if KINDS[field] == "text" else [1]}
+    return dict(_EXAMPLES.get(check, {}))
+
+
+@pytest.mark.parametrize("contract", ["episode", "transition"])
+@pytest.mark.parametrize("check", [name for name, (place, _) in PARAMETERS.items() if place == "field"])
+def test_a_check_is_taken_on_the_fields_it_fits_and_on_no_other(contract: str, check: str) -> None:
+    for field in sorted(FIELDS[contract]):
+        wrong = problem(contract, field, check, _example(check, field))
+        if field in FITS[check]:
+            assert wrong is None
+        else:
+            assert wrong is not None and check in wrong.problem and field in wrong.problem
+            assert all(other in wrong.fix for other in FITS[check])
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "implementation", "fitting"),
+    [
+        ("episode", "robot_id", "{check: range, min: 0}", "started_at"),
+        ("episode", "robot_id", "{check: finite}", "started_at"),
+        ("episode", "schema_version", "{check: pattern, pattern: '1'}", "robot_id"),
+        ("episode", "started_at", "{check: increasing}", "timestamps"),
+        ("transition", "intervention", "{check: finite}", "rewards"),
+        ("transition", "reward", "{check: increasing}", "timestamps"),
+        ("transition", "action", "{check: allowed, values: [0]}", "rewards"),
+        ("transition", "timestamp", "{check: reward_at_end}", "rewards"),
+    ],
+)
+def test_a_check_on_a_field_it_does_not_fit_is_refused(
+    edited: Path, file: str, field: str, implementation: str, fitting: str
+) -> None:
+    path = edited / f"{file}.odcs.yaml"
+    rule = (
+        "      - {id: misplaced, type: custom, engine: lwd, severity: block, description: d,\n"
+        "         customProperties: [{property: owner, value: x}],\n"
+        f"         implementation: {implementation}}}\n"
+    ).replace("      ", "          ", 1)
+    lines = path.read_text().splitlines(keepends=True)
+    at = lines.index(f"      - name: {field}\n")
+    end = next((i for i in range(at + 1, len(lines)) if lines[i].startswith("      - name:")), len(lines))
+    quality = next((i for i in range(at, end) if lines[i] == "        quality:\n"), None)
+    if quality is None:
+        lines.insert(end, "        quality:\n" + rule)
+    else:
+        lines.insert(quality + 1, rule)
+    path.write_text("".join(lines))
+    line = 2 + next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "id: misplaced" in text)
+    with pytest.raises(ConfigError) as caught:
+        load_contract(file)
+    attribute = {"reward": "rewards", "action": "actions", "timestamp": "timestamps"}.get(field, field)
+    assert f"{path}:{line}: rule 'misplaced': check " in caught.value.problem
+    assert attribute in caught.value.problem
+    assert fitting in caught.value.fix

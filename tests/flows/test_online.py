@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 from invariants import assert_invariants
 
 from flows.deployment import deployment
-from flows.online import summarise, unaccounted
+from flows.online import summarise
 from flows.params import load_params
 from flows.stages.common import BUFFER, BUNDLE, CHECKPOINT, OFFLINE, SFT, agent_config, n_step, replay_for
 from infra.catalog import schema
@@ -134,5 +134,5 @@ def test_the_loop_goes_on_when_each_of_its_processes_is_killed(workspace: Path) 
     rows = [json.loads(line)["update"] for line in (home / "learner" / "training.jsonl").read_text().splitlines()]
     assert rows == sorted(set(rows)), "an update was counted twice"
     with deployment(home) as plane:
-        assert unaccounted(plane) == 0
+        assert plane.unaccounted() == 0
         assert summarise(plane, {}).episodes == summary["episodes"]

@@ -1,8 +1,8 @@
 """Speeds of learner, fleet, reader and data plane: `python -m bench.speed [--short]` writes docs/results/speed.json.
 
 Other work on the machine slows what is measured and the matrix products alike, so that products are timed in turns
-with everything: beside each figure stands the `matmul_gflops` of its own minutes. `learner` and `plain_4x256` are of one
-thread, the number to compare with others'; `by_threads` has the rest. The policy that acts has the state preset's
+with everything: beside each figure stands the `matmul_gflops` of its own minutes. `learner` and `plain_4x256` are of
+one thread, the number to compare with others'; `by_threads` has the rest. The policy that acts has the state preset's
 networks with random weights: it fails, so that its evaluation episodes take their whole time.
 """
 
@@ -40,8 +40,8 @@ class Effort:
 
 
 SHORT = Effort(
-    rounds=1, seconds=0.1, threads=(1,), robots=2, step_s=0.3, tasks=("S1",), eval_per_task=2, eval_rounds=1, workers=0,
-    buffer_episodes=16, spooled_episodes=4, peak_size=512,
+    rounds=1, seconds=0.1, threads=(1,), robots=1, step_s=0.3, tasks=("S1",), eval_per_task=1, eval_rounds=1, workers=0,
+    buffer_episodes=8, spooled_episodes=2, peak_size=512,
 )  # fmt: skip
 """Enough to see that every part runs; its figures mean little."""
 
@@ -137,7 +137,7 @@ def figure(results: Mapping[str, Any], path: Path) -> Path:
             height=0.6,
         )
         shares = [f"{r['updates_per_s']:.1f}, {r['share_of_matmul_peak']:.0%} of peak" for _, r in rows]
-        left.bar_label(bars, shares, padding=4, fontsize=9)
+        left.bar_label(bars, shares, padding=4, fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         left.axvline(results["authors_updates_per_s"], color="#b3261e", linewidth=1, linestyle="--")
         left.margins(x=0.45)
         left.set(xlabel=f"learner updates per second (dashed: authors' code, {AUTHORS_UPDATES_PER_S})")
@@ -149,7 +149,12 @@ def figure(results: Mapping[str, Any], path: Path) -> Path:
             right.annotate(
                 f"{name} {spool[name]:.2f} s", (spool[name], height), (6, -12), textcoords="offset points", fontsize=9
             )
-        right.set(xlabel="seconds from spool to snapshot", ylabel="% of episodes", ylim=(0, 103), xlim=(0, None))
+        right.set(
+            xlabel="seconds from spool to snapshot",
+            ylabel="% of episodes",
+            ylim=(0, 106),
+            xlim=(0, 1.3 * spool["quantiles"][-1]),
+        )
         for ax in (left, right):
             ax.spines[["top", "right"]].set_visible(False)
         path.parent.mkdir(parents=True, exist_ok=True)

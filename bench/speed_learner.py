@@ -1,7 +1,7 @@
 """Learner updates per second and their share of the matmul peak.
 
-The peak is that of square products (2048 × 2048) in the format that the trunks compute in, measured in turns with the updates:
-other work on the machine then slows both, and the share stays. Work is counted by torch's own FLOP counter.
+The peak is that of square products (2048 × 2048) in the format that the trunks compute in, measured in turns with the
+updates: other work on the machine then slows both, and the share stays. Work is counted by torch's own FLOP counter.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ changes only when its content does.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infra.episode import Episode, encode, read_samples, write_samples
-from infra.errors import ConfigError, CorruptDataError
+from infra.errors import ConfigError, CorruptDataError, StorageFullError
 
 INDEX = "index.json"
 FORMAT = 1
@@ -57,7 +58,8 @@ def write_buffer(episodes: Iterable[Episode], out_dir: Path, shard_bytes: int = 
         shard_bytes: a shard is closed when its episodes reach this size; DVC prefers 50 to 500 MB.
 
     Raises:
-        ConfigError: no episodes. CorruptDataError: an episode id twice.
+        ConfigError: no episodes. CorruptDataError: an episode id twice. StorageFullError: the disk is full; there is no
+            index then, so that nobody takes the shards for a buffer.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / INDEX).unlink(missing_ok=True)
@@ -141,8 +143,17 @@ def _write_shard(episodes: list[Episode], out_dir: Path, number: int) -> Shard:
 
 def _write(path: Path, data: bytes) -> None:
     aside = path.with_suffix(path.suffix + ".part")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageFullError(
+            f"{path} ({len(data)} bytes) was not written: {os.strerror(error.errno)}",
+            "make room and run the same command again; the episodes' own files are untouched",
+        ) from error

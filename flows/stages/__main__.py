@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     try:
         importlib.import_module(f"flows.stages.{argv[0]}").run(load_params())
     except LwdError as error:
-        console.print(f"stage {argv[0]}: {error}", markup=False)
+        console.print(f"stage {argv[0]}: {error}", markup=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
         console.print(f"stage {argv[0]}: stopped; the same command runs it again", markup=False)

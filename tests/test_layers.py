@@ -1,0 +1,74 @@
+"""Dependencies point one way: flows → (lwd_model, data_contracts, infra); no learner in infra, no servers in lwd_model."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# package -> what none of its files may import, with the parts of our own that are allowed all the same.
+FORBIDDEN = {
+    "infra": {"torch", "lightning", "lwd_model", "data_contracts", "flows", "bench", "prefect", "tests"},
+    "lwd_model": {"prefect", "kafka", "confluent_kafka", "aiokafka", "sqlalchemy", "alembic", "boto3", "infra", "flows",
+                  "bench", "data_contracts", "tests"},
+    "data_contracts": {"torch", "lightning", "lwd_model", "prefect", "sqlalchemy", "infra", "flows", "bench", "tests"},
+    "flows": {"bench", "tests"},
+}  # fmt: skip
+ALLOWED = {
+    "lwd_model": {"infra.errors", "infra.episode", "infra.reader"},
+    "data_contracts": {"infra.errors", "infra.episode"},
+}
+FILES = sorted(path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py"))
+
+
+def imported(source: str) -> set[str]:
+    """Modules imported anywhere in the file, inside functions too; `from a import b` counts as `a`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute here"
+            # `from infra import errors` imports the module `infra.errors`
+            whole = node.module in (*FORBIDDEN, "bench")
+            found |= {f"{node.module}.{name.name}" for name in node.names} if whole else {str(node.module)}
+    return found
+
+
+def wrong(package: str, source: str) -> set[str]:
+    """Imports that the package must not have."""
+    return {
+        module
+        for module in imported(source)
+        if module.split(".")[0] in FORBIDDEN[package] and module not in ALLOWED.get(package, ())
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    assert wrong(package, path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    ("package", "line"),
+    [
+        ("infra", "import torch.nn as nn"),
+        ("infra", "def f():\n    from torch import Tensor"),
+        ("infra", "from lwd_model.config import preset"),
+        ("lwd_model", "import sqlalchemy as sa"),
+        ("lwd_model", "from prefect import flow"),
+        ("lwd_model", "from infra.catalog import Catalog"),
+        ("lwd_model", "from infra import catalog"),
+        ("data_contracts", "from infra.fleet.tasks import TASKS"),
+    ],
+)
+def test_the_check_finds_what_it_looks_for(package: str, line: str) -> None:
+    assert wrong(package, line)
+
+
+def test_the_check_lets_the_edges_pass() -> None:
+    source = "from infra.errors import ConfigError\nfrom infra import episode\nfrom infra.reader import SnapshotReader"
+    assert wrong("lwd_model", source) == set()

@@ -290,18 +290,18 @@ def main() -> None:
 
 def guarded(command: Callable[[], Any]) -> int:
     """Run a command; its exit code."""
-    import click
+    from typer import rich_utils
 
     try:
         code = command()
     except LwdError as error:
         console.print(f"[red]error:[/red] {error.problem}\n  [bold]fix:[/bold] {error.fix}", soft_wrap=True)
         return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         say("\nstopped; the same command goes on from here")
         return 130
-    except click.ClickException as error:
-        error.show()
+    except typer.BadParameter.__base__ as error:  # UsageError, of the click that typer carries within itself
+        rich_utils.rich_format_error(error)
         return error.exit_code
     return code if isinstance(code, int) else 0
 

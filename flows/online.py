@@ -88,7 +88,10 @@ def deploy_first(home: str) -> int:
 @task
 def supervise(home: str, params_path: str) -> dict[str, int]:
     """Run fleet and learner to the end of the stage; then bring the robots home and the spools to the snapshot."""
+    from data_contracts.contract import load_contract
+
     params, folder = load_params(Path(params_path)), Path(home)
+    load_contract("episode")  # a typo stops here, before it would send every episode to quarantine
     supervisor = Supervisor(folder / "logs")
     coordinator, learner, robots = specs(params, Path(params_path), folder, params.seed)
     status_file = folder / "learner" / STATUS

@@ -1,4 +1,4 @@
-"""Dependencies point one way: flows → (lwd_model, data_contracts, infra); no learner in infra, no servers in lwd_model."""
+"""Dependencies point one way: flows → (lwd_model, data_contracts, infra); no torch in infra, no server in lwd_model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Bad input as a user meets it: a message that names the thing and the fix, a non-zero exit, and nothing lost.
 
-Each kind has its own tests where it is refused (shards, contracts, learner, catalog, coordinator); here are the commands.
+Each kind has its own tests where it is refused (shards, contracts, learner, catalog, coordinator); here, the commands.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def test_a_policy_of_another_architecture_does_not_act(workspace: Path, lwd) -> 
     save_file(tensors, bundle / "policy.safetensors")
     code, text = lwd("robot", bundle, "--episodes", "1")
     assert code == ConfigError.exit_code
-    assert "(1, 86)" in text and "80" in text and "fix:" in text
+    assert "observation.mean" in text and "(80,)" in text and "(86,)" in text and "fix:" in text
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -84,10 +84,17 @@ def draw(records: dict[str, Any], seeds: list[dict[str, Any]], path: Path) -> No
                 for m in ("offline", "online")]  # fmt: skip
         points = [(0, ends[0]), *points, (seed["loop"]["episodes"], ends[1])]
         right.plot(*zip(*points, strict=True), marker="o", ms=4, color=COLORS["online"], alpha=0.8)
+        for p in seed["curve"]:
+            right.plot([p["episodes"]] * 2, [p["success"]["low"], p["success"]["high"]], color=COLORS["online"], lw=1)
     sft = records["sft"]["success"]["mean"]
     right.axhline(sft, color=COLORS["sft"], ls="--", lw=1)
     right.text(0, sft + 0.01, "SFT", color=COLORS["sft"])
-    right.set(ylim=(0, 1.02), xlabel="online episodes", ylabel="success", title="while deployed")
+    right.set(
+        ylim=(0, 1.02),
+        xlabel="online episodes",
+        ylabel="success",
+        title="while deployed (inner points: fewer episodes)",
+    )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

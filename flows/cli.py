@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.console import console, say
-from infra.errors import LwdError
+from infra.errors import ConfigError, LwdError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +30,8 @@ Home = Annotated[Path, typer.Option(help="The deployment's folder.", envvar="LWD
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of pipeline and online stage.")]
 Port = Annotated[int | None, typer.Option(help="Port of the Prefect server started for this command; any free one.")]
 HOME, PARAMS = Path("runs/local"), Path("params.yaml")
+# typer carries its own copy of click, whose UsageError it does not export.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 out = Console(highlight=False)  # answers go to stdout; progress and errors to stderr
 
 
@@ -300,9 +302,9 @@ def guarded(command: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         say("\nstopped; the same command goes on from here")
         return 130
-    except typer.BadParameter.__base__ as error:  # UsageError, of the click that typer carries within itself
-        rich_utils.rich_format_error(error)
-        return error.exit_code
+    except _UsageError as error:
+        rich_utils.rich_format_error(error)  # type: ignore[arg-type]
+        return ConfigError.exit_code
     return code if isinstance(code, int) else 0
 
 

@@ -31,16 +31,13 @@ import matplotlib.pyplot as plt
 METHODS = ("sft", "offline", "online")
 LABELS = {"sft": "SFT", "offline": "LWD offline", "online": "LWD online"}
 COLORS = {"sft": "#8a97a6", "offline": "#4a90d9", "online": "#e08a2e"}
-SUITES: dict[str, tuple[str, Path | None]] = {
-    "full": ("learning", ROOT / "bench/learning.yaml"),
-    "demo": ("demo", None),
-}
+SUITES = {"full": ("learning", ROOT / "bench/learning.yaml"), "demo": ("demo", ROOT / "bench/demo.yaml")}
 
 
 def run_seed(suite: str, seed: int) -> dict[str, Any]:
     """The result of one seed, from its workspace if it is complete there."""
     overrides = SUITES[suite][1]
-    params = merged(yaml.safe_load(overrides.read_text()) if overrides else {}, {"seed": seed})
+    params = merged(yaml.safe_load(overrides.read_text()), {"seed": seed})
     folder = freeze(ROOT / "runs" / "bench" / suite / f"seed-{seed}", params)
     result = folder / "result.json"
     if not result.exists():

@@ -26,7 +26,7 @@ def test_the_repositorys_parameters_are_valid():
 def test_the_benchmarks_parameters_are_valid(suite):
     base = yaml.safe_load((ROOT / "params.yaml").read_text())
     _, path = SUITES[suite]
-    params = Params.model_validate(merged(base, yaml.safe_load(path.read_text()) if path else {}))
+    params = Params.model_validate(merged(base, yaml.safe_load(path.read_text())))
     assert suite != "full" or params.tasks == tuple(TASKS)
 
 

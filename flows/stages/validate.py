@@ -7,10 +7,9 @@ import shutil
 import time
 from collections import Counter
 
-from data_contracts.review import write_review
-
 from data_contracts.checks import check_episode
 from data_contracts.contract import load_contract
+from data_contracts.review import write_review
 from data_contracts.suites import validate_batch
 from flows.console import progress, say
 from flows.params import Params

@@ -159,7 +159,7 @@ def episode(rng: np.random.Generator, task: str = "S1", source: str = "online", 
         actions=rng.uniform(-1, 1, (steps, ACTION_DIM)).astype(np.float32),
         rewards=np.eye(1, steps, steps - 1, dtype=np.float32)[0],
         intervention=np.zeros(steps, bool),
-        timestamps=np.arange(steps + 1) * CONTROL_PERIOD,
+        timestamps=np.arange(steps + 1, dtype=np.float64) * CONTROL_PERIOD,
         substep_scores=(1.0,) * len(spec.steps),
         started_at=time.time(),
     )

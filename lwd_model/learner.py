@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,6 @@ class Learner:
         parallel = device.type == "cpu" and threads >= 2
         if device.type == "cpu":
             torch.set_num_threads(max(1, threads // 2 if parallel else threads))
-            torch.set_flush_denormal(True)
         c = config.learner
         for n in {c.n_step_short, c.n_step_long}:
             if c.value_kind == "distributional" and not c.interpolate:
@@ -109,6 +109,12 @@ class Learner:
         """
         if stage not in self.agent.counters:
             raise ConfigError(f"stage {stage!r} is unknown", "use 'sft' or 'rl'")
+        with _denormals_flushed():
+            return self._fit(sampler, updates, stage, cloned, on_step, metrics_every)
+
+    def _fit(
+        self, sampler: Sampler, updates: int, stage: str, cloned: bool, on_step: OnStep | None, metrics_every: int
+    ) -> int:
         for done in range(1, updates + 1):
             batch = sampler(self.rng)
             if self.fabric.device.type != "cpu":
@@ -167,6 +173,16 @@ class Learner:
         made = cls(agent_from_dict(data), normaliser, seed=state["seed"], **options)
         made.load(path)
         return made
+
+
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Denormal numbers are slow and worth nothing to a network; outside of training the processor keeps to IEEE 754."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def available_threads() -> int:

@@ -148,7 +148,10 @@ class Spool:
         found = []
         for path in self._closed_dir.glob("*.tar"):
             episode_id, sha256, _ = path.name.split(".")
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # confirmed by the sync thread meanwhile
+                continue
             found.append((stat.st_mtime_ns, ClosedEpisode(episode_id, sha256, stat.st_size, path)))
         return [closed for _, closed in sorted(found, key=lambda pair: (pair[0], pair[1].episode_id))]
 

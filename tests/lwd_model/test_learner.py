@@ -145,3 +145,10 @@ def test_hg_dagger_weighs_by_clone_weight():
     before = flats(learner)["policy"]
     learner.fit(lambda rng: data, 1, stage="sft", cloned=True)
     assert torch.equal(learner.agent.policy.flat, before)  # no sample weighs anything
+
+
+def test_training_leaves_the_processor_as_it_was():
+    """Denormals are flushed while it learns; a process that computes other things afterwards has them again."""
+    learner, sampler = make()
+    learner.fit(sampler, 1, stage="sft")
+    assert np.float64(5e-324) * np.float64(1.0) > 0

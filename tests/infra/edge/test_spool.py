@@ -220,3 +220,10 @@ def test_ids_are_checked_before_any_path_is_built(tmp_path: Path) -> None:
     write(spool, 1, steps=1)
     with pytest.raises(ConfigError, match="still open"):
         spool.begin(start(2))
+
+
+def test_an_episode_that_is_confirmed_while_the_spool_is_listed_is_left_out(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=2**20)
+    (tmp_path / "closed" / f"{'a' * 32}.{'b' * 64}.tar").symlink_to(tmp_path / "gone")  # listed, but not there any more
+    assert spool.pending() == []
+    spool.release()

@@ -90,7 +90,7 @@ def draw(records: dict[str, Any], seeds: list[dict[str, Any]], path: Path) -> No
         ylim=(0, 1.02),
         xlabel="online episodes",
         ylabel="success",
-        title="while deployed (inner points: fewer episodes)",
+        title="while deployed",
     )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

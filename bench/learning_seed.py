@@ -11,16 +11,15 @@ from pathlib import Path
 from flows import pipeline
 from flows.console import say
 from flows.deployment import deployment
-from flows.evaluation import evaluate, read_results
+from flows.evaluation import read_results
 from flows.online import deploy_first, summarise, supervise
 from flows.params import load_params
 from flows.promotion import results_of
-from flows.record import online_steps, policy_curve
+from flows.record import learning_curve, online_steps
 from flows.stages.common import EVALUATION
-from lwd_model.evaluation import method_record
 
 HOME, RESULT = Path("home"), Path("result.json")
-CURVE_POINTS, CURVE_SEED = 4, 2_000_000
+CURVE_POINTS = 4
 
 
 def main() -> None:
@@ -34,17 +33,7 @@ def main() -> None:
     with deployment(HOME) as plane:
         last = plane.registry.policies()[0]["version"]
         online = results_of(plane, params, last, params.evaluate.episodes)
-        curve = []
-        for version, episodes in policy_curve(plane, CURVE_POINTS if params.evaluate.curve else 0):
-            results = evaluate(
-                plane.bundle(version),
-                params.tasks,
-                params.evaluate.curve,
-                CURVE_SEED,
-                workers=params.workers,
-                title=f"v{version}",
-            )
-            curve.append({"episodes": episodes, "success": method_record([results])["success"]})
+        curve = learning_curve(plane, params, CURVE_POINTS)
         updates = {"sft": params.sft.updates, "offline": params.offline.updates, "online": params.online.updates}
         found = {name: read_results(EVALUATION / f"{name}.json") for name in ("sft", "offline")} | {"online": online}
         result = {

@@ -18,12 +18,12 @@ from prefect import flow
 from flows import report
 from flows.console import say
 from flows.deployment import Deployment, deployment
-from flows.evaluation import evaluate, limits_s
+from flows.evaluation import limits_s
 from flows.offline import offline
 from flows.online import online
 from flows.params import Params, load_params
 from flows.promotion import act_on, introduce, judge, results_of
-from flows.record import online_steps, policy_curve, record_offline, record_online
+from flows.record import learning_curve, online_steps, record_offline, record_online
 from flows.stages.common import BUNDLE, SFT
 from infra.edge.inference import load_policy
 from infra.errors import UnavailableError
@@ -31,10 +31,9 @@ from infra.fleet.filmstrip import render_episode
 from infra.fleet.rollout import run_jobs
 from infra.fleet.sources import job_list
 from infra.fleet.tasks import TASKS
-from lwd_model.evaluation import EpisodeResult, method_record
+from lwd_model.evaluation import EpisodeResult
 
 CURVE_POINTS = 3
-_CURVE_SEED = 2_000_000
 _STARTED = "started.json"
 
 
@@ -76,7 +75,7 @@ def demo(run_dir: str = "runs/demo", params_path: str = "params.yaml") -> dict[s
         )
         _gate(folder, plane, params, last, "online", "champion")
         say("[bold]5/5 report[/bold]")
-        record_online(folder, plane, _curve(plane, params))
+        record_online(folder, plane, learning_curve(plane, params, CURVE_POINTS))
         _film(folder, plane, params, results_of(plane, params, last, params.evaluate.episodes), last)
     report.record_run(
         folder, command="make demo", seeds=[params.seed], title="LWD demo", tasks=instructions,
@@ -112,19 +111,6 @@ def _gate(folder: Path, plane: Deployment, params: Params, candidate: int, name:
     card = act_on(plane, judgement)
     if card is not None:
         report.record_model_card(folder, card)
-
-
-def _curve(plane: Deployment, params: Params) -> list[dict[str, Any]]:
-    """Evaluations of a few of the policies that were deployed on the way, on start states of their own."""
-    points = []
-    for version, episodes in policy_curve(plane, CURVE_POINTS if params.evaluate.curve else 0):
-        results = evaluate(
-            plane.bundle(version), params.tasks, params.evaluate.curve, _CURVE_SEED, workers=params.workers,
-            title=f"v{version}",
-        )  # fmt: skip
-        success = method_record([results])["success"]
-        points.append({"episodes": episodes, "success": success, "version": version})
-    return points
 
 
 def _film(folder: Path, plane: Deployment, params: Params, after: list[EpisodeResult], version: int) -> None:

@@ -12,15 +12,18 @@ import sqlalchemy as sa
 
 from flows import report
 from flows.deployment import Deployment
-from flows.evaluation import limits_s, read_results
+from flows.evaluation import evaluate, limits_s, read_results
 from flows.online_learner import ROWS
 from flows.params import Params
 from flows.stages.common import BUFFER, CHECKPOINT, EVALUATION, OFFLINE, QUARANTINE, read_plot
 from infra.catalog import schema
 from infra.episode import Episode, decode
 from lwd_model.diagnostics import diagnose
+from lwd_model.evaluation import method_record
 from lwd_model.learner import Learner
 from lwd_model.shards import read_buffer
+
+CURVE_SEED = 2_000_000
 
 
 def record_offline(run_dir: Path, params: Params) -> None:
@@ -162,3 +165,22 @@ def policy_curve(plane: Deployment, points: int) -> list[tuple[int, int]]:
         return []
     places = np.unique(np.linspace(0, len(inner) - 1, points + 2)[1:-1].round().astype(int))
     return [inner[i] for i in places]
+
+
+def learning_curve(plane: Deployment, params: Params, points: int) -> list[dict[str, Any]]:
+    """Evaluations of about `points` of the policies deployed on the way, on start states of their own.
+
+    Empty where `evaluate.curve` is 0.
+    """
+    curve = []
+    for version, episodes in policy_curve(plane, points if params.evaluate.curve else 0):
+        results = evaluate(
+            plane.bundle(version),
+            params.tasks,
+            params.evaluate.curve,
+            CURVE_SEED,
+            workers=params.workers,
+            title=f"v{version}",
+        )
+        curve.append({"episodes": episodes, "success": method_record([results])["success"], "version": version})
+    return curve

@@ -10,7 +10,7 @@ export DO_NOT_TRACK = 1
 export GX_ANALYTICS_ENABLED = false
 export DVC_NO_ANALYTICS = 1
 
-.PHONY: help setup demo test test-learning lint types bench-learning bench-speed bench-gate clean
+.PHONY: help setup demo test servers test-system lint types bench-learning bench-speed bench-gate clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -32,6 +32,12 @@ demo: setup  ## the main job: collect, learn, gate, deploy, improve while deploy
 
 test: setup lint types  ## all tests that need no server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+servers: setup  ## prepare Kafka, Garage and PostgreSQL outside the clone, once (Garage is built: ten minutes)
+	$(BIN)/lwd servers prepare
+
+test-system: setup servers  ## every row of the fault matrix on real Kafka, Garage and PostgreSQL (SHORT=1: CI's short form)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/system -m "system$(if $(SHORT), and not slow,)"
 
 lint: setup
 	$(BIN)/ruff check --no-cache .

@@ -32,7 +32,7 @@ from infra.fleet.robot import robot_environment
 from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD
 from infra.fleet.tasks import TASKS
 from infra.ingest import Ingest
-from infra.objects import DirectoryStore
+from infra.objects.directory import DirectoryStore
 from infra.settings import MIB, Settings, load_settings
 
 Peak = Callable[[], float]

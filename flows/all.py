@@ -3,7 +3,7 @@
 from flows.demo import demo
 from flows.offline import collect, offline
 from flows.online import online
-from flows.promote import evaluate, promote, rollback
+from flows.promote import canary, evaluate, promote, rollback
 from flows.reporting import report
 
-__all__ = ["collect", "demo", "evaluate", "offline", "online", "promote", "report", "rollback"]
+__all__ = ["canary", "collect", "demo", "evaluate", "offline", "online", "promote", "report", "rollback"]

@@ -13,8 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.canary_command import canary
 from flows.console import console, say
+from flows.data import app as data
+from flows.keys import app as keys
+from flows.robots import app as robots
+from flows.servers import app as servers
 from infra.errors import ConfigError, LwdError
+from infra.settings import default_home
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,11 +31,16 @@ app = typer.Typer(
 )
 contracts = typer.Typer(no_args_is_help=True, help="Data contracts: check them, review what they refused.")
 app.add_typer(contracts, name="contracts")
+app.add_typer(data, name="data")
+app.add_typer(robots, name="robots")
+app.add_typer(servers, name="servers")
+app.add_typer(keys, name="keys")
+app.command()(canary)
 
-Home = Annotated[Path, typer.Option(help="The deployment's folder.", envvar="LWD_HOME")]
+Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of pipeline and online stage.")]
 Port = Annotated[int | None, typer.Option(help="Port of the Prefect server started for this command; any free one.")]
-HOME, PARAMS = Path("runs/local"), Path("params.yaml")
+HOME, PARAMS = default_home(), Path("params.yaml")
 # typer carries its own copy of click, whose UsageError it does not export.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 out = Console(highlight=False)  # answers go to stdout; progress and errors to stderr
@@ -254,6 +265,18 @@ def status(home: Home = HOME) -> None:
         out.print(f"champion: {plane.registry.alias('champion')}, previous: {plane.registry.alias('previous')}, "
             f"canary: {plane.registry.alias('canary')}")  # fmt: skip
         out.print(f"learner: {json.dumps(read_json(plane.settings.home / 'learner' / 'status.json'))}")
+
+
+@app.command()
+def migrate(home: Home = HOME) -> None:
+    """Create or upgrade the catalog's tables. Stop the deployment and back its catalog up first."""
+    from infra.catalog import Catalog
+    from infra.settings import load_settings
+
+    catalog = Catalog(load_settings(home=home).catalog_url)
+    before = catalog.revision()
+    catalog.migrate()
+    out.print(f"catalog: schema {before or 'none'} -> {catalog.revision()}")
 
 
 @app.command()

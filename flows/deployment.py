@@ -12,7 +12,8 @@ import sqlalchemy as sa
 
 from infra.catalog import Catalog, schema
 from infra.episode import Episode, decode
-from infra.objects import DirectoryStore
+from infra.objects import ObjectStore
+from infra.plane import open_catalog, open_objects
 from infra.policy.channel import PolicyPublisher, fetch_bundle
 from infra.policy.keys import Signer, create_keys, load_signer
 from infra.policy.registry import Registry
@@ -26,7 +27,7 @@ class Deployment:
 
     settings: Settings
     catalog: Catalog
-    objects: DirectoryStore
+    objects: ObjectStore
     snapshots: Snapshots
     publisher: PolicyPublisher
     registry: Registry
@@ -80,11 +81,10 @@ def deployment(home: Path) -> Iterator[Deployment]:
     """
     settings = load_settings(home=home)
     settings.home.mkdir(parents=True, exist_ok=True)
-    catalog = Catalog(settings.catalog_url)
+    catalog = open_catalog(settings, migrate=True)
     try:
-        catalog.migrate()
         signer = _signer(settings)
-        objects = DirectoryStore(settings.objects_dir)
+        objects = open_objects(settings)
         yield Deployment(
             settings,
             catalog,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import yaml
@@ -31,12 +31,17 @@ class Verdict(StrEnum):
     CONTINUE = "CONTINUE"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a gate file: no unknown field, never changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class EpisodesSpec(_Section):
-    """Episodes per task."""
+Spec = TypeVar("Spec", bound=Section)
+
+
+class EpisodesSpec(Section):
+    """Episodes: per task in a gate, in all in a canary."""
 
     min: int = Field(ge=1)
     planned: int = Field(ge=1)
@@ -49,16 +54,16 @@ class EpisodesSpec(_Section):
         return self
 
 
-class PooledSpec(_Section):
+class PooledSpec(Section):
     superiority: float = Field(0.0, ge=0, lt=1)
 
 
-class PerTaskSpec(_Section):
+class PerTaskSpec(Section):
     margin: float = Field(ge=0, lt=1)
     rule: Literal["not_worse", "shown"] = "not_worse"
 
 
-class GateSpec(_Section):
+class GateSpec(Section):
     """A gate's thresholds; `flows/gates/default.yaml` explains each."""
 
     version: Literal[1]
@@ -89,7 +94,17 @@ class Decision:
 
 
 def load_gate(path: Path = DEFAULT_GATE) -> GateSpec:
+    """Read and validate a promotion gate's file; raises as `read_spec`."""
+    return read_spec(path, GateSpec, DEFAULT_GATE)
+
+
+def read_spec(path: Path, model: type[Spec], default: Path) -> Spec:
     """Read and validate a gate file.
+
+    Args:
+        path: the file.
+        model: what it must hold.
+        default: a valid file of this kind, to start from.
 
     Raises:
         ConfigError: missing, not YAML, or a field is unknown, missing or out of range; names the field and, for a
@@ -98,17 +113,18 @@ def load_gate(path: Path = DEFAULT_GATE) -> GateSpec:
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(f"gate {path} not found", f"start from a copy of {DEFAULT_GATE}") from error
+        raise ConfigError(f"gate {path} not found", f"start from a copy of {default}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"gate {path} is not YAML: {error}", "correct the file at the line named") from error
     try:
-        return GateSpec.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        # An unknown field before a missing one: where both are, the one is the other, mistyped.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         fix = f"correct {where!r} in {path}"
         if first["type"] == "extra_forbidden":
-            known = _fields_at(first["loc"][:-1])
+            known = _fields_at(model, first["loc"][:-1])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0)[0]
             fix = f"did you mean {near!r}? known here: {', '.join(known)}"
         raise ConfigError(f"gate {path}: {where}: {first['msg']}", fix) from error
@@ -232,8 +248,7 @@ def trace(spec: GateSpec, rounds: np.ndarray) -> Trace:
     n, tasks = rounds.shape[-2:]
 
     def largest(values: np.ndarray, null: float, level: float) -> np.ndarray:
-        wealth = betting_evidence(values, null, alpha=level, planned=spec.episodes.planned)
-        return np.maximum(np.maximum.accumulate(wealth, axis=-1), 1.0)
+        return shown(values, null, alpha=level, planned=spec.episodes.planned)
 
     single = np.moveaxis(rounds, -1, 0)[..., None]  # (K, ..., R, 1)
     return Trace(
@@ -244,6 +259,15 @@ def trace(spec: GateSpec, rounds: np.ndarray) -> Trace:
         non_inferior=np.moveaxis(largest(single, -margin, alpha), 0, -1),
         difference=np.cumsum(rounds, axis=-2) / np.arange(1, n + 1)[:, None],
     )
+
+
+def shown(values: np.ndarray, null: float, *, alpha: float, planned: int) -> np.ndarray:
+    """Evidence against "the mean is at most `null`" so far, (..., R) for (..., R, K) values in [-1, 1].
+
+    The largest so far and at least 1: it is shown at level alpha once this reaches 1/alpha, and stays shown.
+    """
+    wealth = betting_evidence(values, null, alpha=alpha, planned=planned)
+    return np.maximum(np.maximum.accumulate(wealth, axis=-1), 1.0)
 
 
 def verdicts(spec: GateSpec, history: Trace) -> np.ndarray:
@@ -304,8 +328,8 @@ def _rate(results: Sequence[EpisodeResult], task: str) -> dict[str, Any]:
     return {"k": sum(chosen), "n": len(chosen), "success": wilson(sum(chosen), len(chosen)).as_dict()}
 
 
-def _fields_at(location: Sequence[int | str]) -> list[str]:
-    model: Any = GateSpec
+def _fields_at(model: Any, location: Sequence[int | str]) -> list[str]:
     for part in location:
-        model = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
+        model = next((m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, Section)), annotation)
     return list(model.model_fields)

@@ -1,13 +1,13 @@
 """Prefect flow `online`: supervises coordinator, robots and learner until the stage's updates are done.
 
 Each of them is a process that may die at any moment and is started again; so may the flow itself: run again, it goes on
-from the catalog, the spools and the learner's checkpoint. One flow run is one stage, never one episode.
+from the catalog, the spools and the learner's checkpoint. A lease keeps two runs on one deployment apart. One flow run
+is one stage, never one episode.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,13 +23,12 @@ from flows.console import progress, say
 from flows.deployment import Deployment, deployment, read_json
 from flows.online_learner import STATUS
 from flows.params import Params, load_params
+from flows.processes import learner_spec, robot_specs, server_specs
 from flows.promotion import introduce
 from infra.catalog import schema
-from infra.errors import CorruptDataError
-from infra.fleet.robot import RobotConfig, robot_command, robot_environment
-from infra.supervisor import ProcessSpec, Supervisor
-
-CHECK = "data_contracts.checks:default_check"
+from infra.catalog.leases import Lease
+from infra.errors import CorruptDataError, LeaseLostError, UnavailableError
+from infra.supervisor import Supervisor
 
 
 @dataclass(frozen=True)
@@ -53,31 +52,6 @@ class OnlineSummary:
     restarts: dict[str, int]
 
 
-def specs(
-    params: Params, params_path: Path, home: Path, seed: int
-) -> tuple[ProcessSpec, ProcessSpec, list[ProcessSpec]]:
-    """The coordinator, the learner and the robots."""
-    p = params.online
-    python, parent = [sys.executable, "-m"], ["--parent", str(os.getpid())]
-    coordinator = ProcessSpec(
-        "coordinator",
-        [*python, "infra.coordinator", "--home", str(home), "--check", CHECK, "--standby", *parent],
-        {"OMP_NUM_THREADS": "1"},
-    )
-    learner = ProcessSpec(
-        "learner",
-        [*python, "flows.online_learner", "--home", str(home), "--params", str(params_path), *parent],
-        {"OMP_NUM_THREADS": str(params.workers)},
-    )
-    robots = []
-    for number in range(p.robots):
-        # Each robot begins with another task, so that a short run covers all of them.
-        tasks = params.tasks[number % len(params.tasks) :] + params.tasks[: number % len(params.tasks)]
-        config = RobotConfig(f"r{number}", tasks, seed=seed, operator=p.operator, pace=p.pace, drain_s=30.0)
-        robots.append(ProcessSpec(f"robot-r{number}", [*robot_command(home, config), *parent], robot_environment()))
-    return coordinator, learner, robots
-
-
 @task
 def deploy_first(home: str) -> int:
     """Publish the pipeline's policies to a new deployment; version of the one that the learning cohort begins with."""
@@ -93,23 +67,47 @@ def supervise(home: str, params_path: str) -> dict[str, int]:
     params, folder = load_params(Path(params_path)), Path(home)
     load_contract("episode")  # a typo stops here, before it would send every episode to quarantine
     supervisor = Supervisor(folder / "logs")
-    coordinator, learner, robots = specs(params, Path(params_path), folder, params.seed)
-    status_file = folder / "learner" / STATUS
-    for spec in (coordinator, learner, *robots):
-        supervisor.start(spec)
-    try:
-        _watch(supervisor, status_file, params)
-        supervisor.stop([spec.name for spec in robots], timeout_s=60.0)
-        _drain(supervisor, folder)
-    finally:
-        supervisor.stop()
+    with deployment(folder) as plane:
+        settings = plane.settings
+        lease = Lease(plane.catalog, "supervisor", settings.lease_s)
+        _take(lease)
+        robots = robot_specs(plane, params)
+        for spec in (*server_specs(folder, settings.profile), learner_spec(folder, params, Path(params_path)), *robots):
+            supervisor.start(spec)
+        try:
+            _watch(supervisor, lease, folder / "learner" / STATUS, params)
+            supervisor.stop([spec.name for spec in robots], timeout_s=60.0)
+            _drain(supervisor, plane)
+        finally:
+            supervisor.stop()
+            lease.release()
     return supervisor.restarts
 
 
-def _watch(supervisor: Supervisor, status_file: Path, params: Params) -> None:
+def _take(lease: Lease) -> None:
+    """Become the one supervisor of this deployment. One that was killed is waited out.
+
+    Raises:
+        LeaseLostError: another one lives; it is named.
+    """
+    end = time.monotonic() + 2 * lease.seconds
+    while True:
+        try:
+            lease.acquire()
+            return
+        except LeaseLostError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(lease.seconds / 10)
+
+
+def _watch(supervisor: Supervisor, lease: Lease, status_file: Path, params: Params) -> None:
     with progress("online RL", params.online.updates) as advance:
-        done = 0
+        done, renew_at = 0, 0.0
         while not supervisor.finished("learner"):
+            if time.monotonic() > renew_at:
+                _renew(lease)
+                renew_at = time.monotonic() + lease.seconds / 3
             for name in supervisor.poll():
                 say(f"  [yellow]{name} died and is started again[/yellow]")
             status: dict[str, Any] = read_json(status_file)
@@ -121,13 +119,20 @@ def _watch(supervisor: Supervisor, status_file: Path, params: Params) -> None:
         advance(max(0, params.online.updates - done), "")
 
 
-def _drain(supervisor: Supervisor, home: Path, timeout_s: float = 120.0) -> None:
+def _renew(lease: Lease) -> None:
+    """Renew the lease; a database that is away is waited for, since nobody can take the lease meanwhile either."""
+    try:
+        lease.acquire()
+    except UnavailableError as error:
+        say(f"  [yellow]{error.problem}[/yellow]")
+
+
+def _drain(supervisor: Supervisor, plane: Deployment, timeout_s: float = 120.0) -> None:
     """Wait until the coordinator has settled every committed episode."""
     end = time.monotonic() + timeout_s
-    with deployment(home) as plane:
-        while plane.unaccounted() and time.monotonic() < end:
-            supervisor.poll()
-            time.sleep(0.2)
+    while plane.unaccounted() and time.monotonic() < end:
+        supervisor.poll()
+        time.sleep(0.2)
 
 
 @task

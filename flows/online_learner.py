@@ -19,9 +19,10 @@ from typing import Any
 from flows.deployment import Deployment, deployment
 from flows.params import Params, load_params
 from flows.stages.common import BUFFER, CHECKPOINT, OFFLINE, n_step, replay_for
+from infra import metrics, tracing
 from infra.errors import LwdError
 from infra.files import write_durably
-from infra.process import die_with_parent, log_to, stop_on_signal
+from infra.process import die_with_parent, log_to, patiently, stop_on_signal
 from infra.reader import Increment, SnapshotReader
 from lwd_model.bundle import export_bundle
 from lwd_model.chunks import Replay, mixed_sample
@@ -65,31 +66,37 @@ class OnlineLearner:
         for episode in increment.added:
             self.online.add(episode, n_step(episode.task, self.learner.config.learner))
         self.learner.snapshot_version = increment.version
+        metrics.REPLAY_EPISODES.set(len(self.online.episodes))
 
     def update(self) -> dict[str, float] | None:
         """One update; its metrics every 20."""
         config = self.learner.config.learner
         every: list[dict[str, float] | None] = []
-        self.learner.fit(
-            lambda rng: mixed_sample(
-                self.offline, self.online, config.batch, rng, config.online_fraction, balanced=True
-            ),
-            1,
-            on_step=lambda _, metrics: every.append(metrics),
-            metrics_every=20,
-        )
+        with metrics.UPDATE_SECONDS.time():
+            self.learner.fit(
+                lambda rng: mixed_sample(
+                    self.offline, self.online, config.batch, rng, config.online_fraction, balanced=True
+                ),
+                1,
+                on_step=lambda _, row: every.append(row),
+                metrics_every=20,
+            )
+        metrics.UPDATES.inc()
+        for kind, value in (every[0] or {}).items():
+            metrics.TRAINING.set(value, kind=kind)
         return every[0]
 
     def publish(self) -> int:
         """Publish the deployed policy and keep a checkpoint that knows of it."""
         agent = self.learner.agent
-        bundle = export_bundle(agent.deployed, agent.normaliser, self.learner.config.policy, self.folder / "bundle")
-        version = self.plane.publisher.publish(
-            bundle,
-            snapshot_version=self.learner.snapshot_version or 0,
-            parent=self.learner.position.get("version"),
-            details={"stage": "online", "updates": self.updates, "episodes": len(self.online.episodes)},
-        )
+        with metrics.PUBLISH_SECONDS.time():
+            bundle = export_bundle(agent.deployed, agent.normaliser, self.learner.config.policy, self.folder / "bundle")
+            version = self.plane.publisher.publish(
+                bundle,
+                snapshot_version=self.learner.snapshot_version or 0,
+                parent=self.learner.position.get("version"),
+                details={"stage": "online", "updates": self.updates, "episodes": len(self.online.episodes)},
+            )
         self.learner.position |= {"version": version, "published_at": self.updates}
         self.learner.save(self.folder / CHECKPOINT)
         return version
@@ -105,6 +112,8 @@ class OnlineLearner:
             "seconds": round(time.monotonic() - started, 1),
         }
         write_durably(self.folder / STATUS, json.dumps(status).encode())
+        metrics.UPDATES_DONE.set(self.updates)
+        metrics.UPDATES_ALLOWED.set(self.allowed)
 
 
 def start(params: Params, plane: Deployment) -> OnlineLearner:
@@ -135,13 +144,13 @@ def run(params: Params, plane: Deployment, stop: threading.Event) -> None:
     with SnapshotReader(plane.settings, name="learner") as reader:
         while reader.version < target:
             # A resumed learner holds what it held when its checkpoint was written before it goes on.
-            if (increment := reader.wait(30.0)) is not None:
+            if (increment := patiently(lambda: reader.wait(30.0), stop)) is not None:
                 loop.take(increment)
             elif stop.is_set():
                 return
         with rows.open("a", buffering=1) as log:
             while not stop.is_set() and loop.updates < params.online.updates:
-                if (increment := reader.poll()) is not None:
+                if (increment := patiently(reader.poll, stop)) is not None:
                     loop.take(increment)
                 if time.monotonic() - told > _TELL_S:
                     loop.tell(started)
@@ -149,13 +158,13 @@ def run(params: Params, plane: Deployment, stop: threading.Event) -> None:
                 if loop.updates >= loop.allowed:
                     stop.wait(plane.settings.poll_s)
                     continue
-                metrics = loop.update()
-                if metrics is not None:
-                    log.write(json.dumps({"update": loop.updates, **metrics}) + "\n")
+                row = loop.update()
+                if row is not None:
+                    log.write(json.dumps({"update": loop.updates, **row}) + "\n")
                 if loop.updates % params.online.publish_every == 0:
-                    loop.publish()
+                    patiently(loop.publish, stop)
     if not stop.is_set() and loop.learner.position.get("published_at") != loop.updates:
-        loop.publish()
+        patiently(loop.publish, stop)
     elif stop.is_set():
         loop.learner.save(loop.folder / CHECKPOINT)
     loop.tell(started)
@@ -183,6 +192,8 @@ def main() -> int:
     try:
         with deployment(options.home) as plane:
             log_to(plane.settings.logs_dir, "learner")
+            metrics.serve(plane.settings, "learner")
+            tracing.start("learner")
             run(load_params(options.params), plane, stop)
     except LwdError as error:
         print(f"learner: {error}", file=sys.stderr)

@@ -52,14 +52,16 @@ class OfflineParams(_Section):
 class EvaluateParams(_Section):
     episodes: int = Field(gt=0)
     seed: int = 1_000_000
-    gate_max: int = Field(100, gt=0, description="per task; while the gate says CONTINUE, both policies run more")
+    gate_max: int | None = Field(
+        None, gt=0, description="per task; ask no further, though the gate's file goes on to its `episodes.max`"
+    )
     curve: int = Field(
         10, ge=0, description="episodes per task for each policy on the online learning curve; 0 is none"
     )
 
 
 class OnlineParams(_Section):
-    robots: int = Field(4, gt=0)
+    robots: int = Field(4, ge=0, description="simulated here; 0 where real ones are enrolled")
     pace: float = Field(1.0, ge=0, description="multiple of real time; 0 is as fast as possible")
     operator: float = Field(0.5, ge=0, le=1)
     updates: int = Field(gt=0)

@@ -1,33 +1,22 @@
-"""Prefect flows of promotion: `evaluate` a policy, ask the gate and `promote`, or `rollback` in one command."""
+"""Prefect flows of promotion: `evaluate` a policy, ask the gate and `promote`, try a `canary`, or `rollback`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from flows.canary import Look, start, watch
+from flows.canary_gate import DEFAULT_CANARY, load_canary
 from flows.console import say
-from flows.deployment import Deployment, deployment
+from flows.deployment import deployment
 from flows.gate import load_gate
 from flows.params import load_params
-from flows.promotion import act_on, judge, results_of
-from infra.errors import ConfigError
+from flows.promotion import act_on, judge, newest_candidate, results_of
 from lwd_model.evaluation import method_record
-
-
-def newest_candidate(plane: Deployment) -> int:
-    """The latest published policy that may be promoted.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    champion = plane.registry.alias("champion") or 0
-    for row in plane.registry.policies():
-        if row["status"] == "candidate" and row["version"] > champion:
-            return int(row["version"])
-    raise ConfigError("no candidate is newer than the champion", "publish one: `lwd online`; see `lwd policies`")
 
 
 @flow(name="evaluate", flow_run_name="evaluate")
@@ -89,6 +78,52 @@ def promote(
         "champion": judgement.champion,
         "card": card,
     }
+
+
+@flow(name="canary", flow_run_name="canary")
+def canary(
+    home: str = "runs/local", version: int | None = None, gate: str | None = None, poll_s: float = 2.0
+) -> dict[str, Any]:
+    """Put a candidate on trial in the canary cohort and watch it until there is an answer; HARM sends it back.
+
+    Stopped or killed, run it again: it goes on with what is on trial, and what was seen counts.
+
+    Args:
+        version: the one on trial, or else the newest candidate, unless given.
+        gate: a canary's file; the default one unless given.
+        poll_s: pause between two looks.
+    """
+    spec = load_canary(Path(gate) if gate else DEFAULT_CANARY)
+    with deployment(Path(home)) as plane:
+        chosen = version or plane.registry.alias("canary") or newest_candidate(plane)
+        found = start(plane, spec, chosen, proposer="canary flow")
+        who = ", ".join(found) or "nobody yet: start a robot with --cohort canary"
+        say(f"policy v{chosen} is on trial; in the canary cohort: {who}")
+        look = watch(plane, spec, poll_s=poll_s, on_look=_teller())
+    if look is None:
+        return {"version": chosen, "answer": "ENDED", "reasons": ["ended by another decision"], "acted": "", "rows": []}
+    reasons, rows = list(look.decision.reasons), look.rows()
+    create_table_artifact(rows, key="canary", description=f"{look.answer}: v{chosen} against v{look.trial.champion}")
+    create_markdown_artifact(
+        f"# {look.answer}: v{chosen} on trial against v{look.trial.champion}\n\n"
+        + "\n".join(f"- {reason}" for reason in reasons),
+        key="canary-answer",
+    )
+    return {"version": chosen, "answer": str(look.answer), "reasons": reasons, "acted": look.acted, "rows": rows}
+
+
+def _teller() -> Callable[[Look], None]:
+    """A line for every tenth episode."""
+    told = -1
+
+    def tell(look: Look) -> None:
+        nonlocal told
+        ran = look.decision.evidence["episodes"]
+        if ran // 10 != told:
+            told = ran // 10
+            say(f"canary v{look.trial.version}: {ran} episodes: [bold]{look.answer}[/bold]; {look.decision.reasons[0]}")
+
+    return tell
 
 
 @flow(name="rollback", flow_run_name="rollback")

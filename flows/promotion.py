@@ -29,6 +29,19 @@ class Judgement:
     decision: Decision
 
 
+def newest_candidate(plane: Deployment) -> int:
+    """The latest published policy that may be promoted.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    champion = plane.registry.alias("champion") or 0
+    for row in plane.registry.policies():
+        if row["status"] == "candidate" and row["version"] > champion:
+            return int(row["version"])
+    raise ConfigError("no candidate is newer than the champion", "publish one: `lwd online`; see `lwd policies`")
+
+
 def introduce(plane: Deployment) -> tuple[int, int]:
     """Publish the SFT and the offline policy of the pipeline to a new deployment; versions of both.
 
@@ -90,7 +103,9 @@ def results_of(plane: Deployment, params: Params, version: int, episodes: int) -
 
 
 def judge(plane: Deployment, params: Params, candidate: int, spec: GateSpec | None = None) -> Judgement:
-    """Ask the gate, with more episodes while it says CONTINUE, up to `evaluate.gate_max` a task.
+    """Ask the gate, with more episodes while it says CONTINUE.
+
+    The gate itself ends at its `episodes.max`, with FAIL; a lower `evaluate.gate_max` stops before, with CONTINUE.
 
     Raises:
         ConfigError: there is no champion to compare with.
@@ -99,7 +114,8 @@ def judge(plane: Deployment, params: Params, candidate: int, spec: GateSpec | No
     if champion is None:
         raise ConfigError("there is no champion to compare with", "introduce the pipeline's policies: `lwd online`")
     spec = spec or load_gate()
-    episodes = params.evaluate.episodes
+    limit = min(spec.episodes.max, params.evaluate.gate_max or spec.episodes.max)
+    episodes = min(params.evaluate.episodes, limit)
     while True:
         decision = decide(
             spec,
@@ -107,9 +123,9 @@ def judge(plane: Deployment, params: Params, candidate: int, spec: GateSpec | No
             results_of(plane, params, champion, episodes),
         )
         say(f"gate: v{candidate} against v{champion}, {episodes} episodes a task: [bold]{decision.verdict}[/bold]")
-        if decision.verdict is not Verdict.CONTINUE or episodes >= params.evaluate.gate_max:
+        if decision.verdict is not Verdict.CONTINUE or episodes >= limit:
             return Judgement(candidate, champion, decision)
-        episodes = min(episodes + STEP, params.evaluate.gate_max)
+        episodes = min(episodes + STEP, limit)
 
 
 def act_on(

@@ -2,7 +2,8 @@
 
 One process holds the lease. In one transaction it inserts the accepted episodes into the next snapshot, puts the
 refused ones into quarantine, advances the stored offsets and proves its lease: after a crash anywhere the same events
-are read again and nothing happens twice.
+are read again and nothing happens twice. What is accepted is decided by `infra.examine`, by revocations, and by the
+share of a snapshot that one robot may make up.
 
     python -m infra.coordinator --home runs/local --check data_contracts.checks:default_check
 """
@@ -10,69 +11,32 @@ are read again and nothing happens twice.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
 
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
 from infra.catalog.leases import Lease
-from infra.catalog.schema import episodes, quarantine, revocations, snapshot_episodes
+from infra.catalog.schema import dead_letters, episodes, quarantine, revocations, snapshot_episodes
 from infra.crashpoints import crashpoint
-from infra.episode import SCHEMA_VERSION, Episode, decode
-from infra.errors import CorruptDataError, LeaseLostError, LwdError
-from infra.events import Event, EventLog, OutboxLog, store_offsets
-from infra.objects import DirectoryStore, ObjectStore
-from infra.process import backoff, die_with_parent, load_callable, log_to, stop_on_signal
+from infra.errors import LeaseLostError, LwdError
+from infra.events import DeadLetter, Event, EventLog, store_offsets
+from infra.examine import BatchCheck, Check, Examiner, Verdict
+from infra.objects import ObjectStore
+from infra.plane import open_catalog, open_events, open_objects
+from infra.process import backoff, die_with_parent, load_callable, log_to, patiently, stop_on_signal
 from infra.settings import load_settings
-from infra.snapshots import Snapshot, append
+from infra.snapshots import Snapshot, append, current
 
 log = logging.getLogger(__name__)
 CONSUMER = "coordinator"
-
-
-class Violation(Protocol):
-    """A broken rule of the data contract; `block` refuses the episode, `warn` is recorded with it."""
-
-    @property
-    def rule(self) -> str: ...
-    @property
-    def severity(self) -> str: ...
-    @property
-    def message(self) -> str: ...
-
-
-Check = Callable[[Episode], Sequence[Violation]]
-BatchCheck = Callable[[Sequence[Episode]], Mapping[str, Sequence[Violation]]]
-
-
-@dataclass
-class _Verdict:
-    """What becomes of one event: accepted with `episode`, or refused at `stage`."""
-
-    event: Event
-    episode: Episode | None = None
-    stage: str = ""
-    reasons: list[dict[str, str]] = field(default_factory=list)
-
-    def refuse(self, stage: str, rule: str, message: str) -> _Verdict:
-        self.episode, self.stage = None, stage
-        self.reasons.append({"rule": rule, "severity": "block", "message": message})
-        return self
-
-    def judge(self, violations: Iterable[Violation]) -> None:
-        self.reasons += [
-            {"rule": str(v.rule), "severity": str(v.severity), "message": str(v.message)} for v in violations
-        ]
-        if any(reason["severity"] != "warn" for reason in self.reasons):
-            self.episode, self.stage = None, "contract"
+INFLUENCE_FROM = 100  # episodes of a snapshot from which on one robot's share is limited
 
 
 class Coordinator:
@@ -85,6 +49,8 @@ class Coordinator:
         micro_batch: most events in one snapshot.
         lease_s: how long another coordinator waits for this one after its last sign of life, seconds.
         fetch_retries: tries to read an object before it is asked for again from its spool.
+        influence_max: largest share of a snapshot that one robot may make up, once it has 100 episodes; an episode
+            above it goes to quarantine, from where it can be released later. 1: no limit.
         sleep: replaced in tests.
     """
 
@@ -99,17 +65,15 @@ class Coordinator:
         micro_batch: int = 8,
         lease_s: float = 10.0,
         fetch_retries: int = 5,
+        influence_max: float = 1.0,
         holder: str | None = None,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._catalog = catalog
-        self._objects = objects
         self._events = events
-        self._check = check
-        self._batch_check = batch_check
+        self._examiner = Examiner(objects, check, batch_check=batch_check, fetch_retries=fetch_retries, sleep=sleep)
         self._micro_batch = micro_batch
-        self._fetch_retries = fetch_retries
-        self._sleep = sleep
+        self._influence_max = influence_max
         self.lease = Lease(catalog, CONSUMER, lease_s, holder)
         self._renew_at = 0.0
 
@@ -123,24 +87,27 @@ class Coordinator:
         if time.monotonic() >= self._renew_at:
             self.lease.acquire()
             self._renew_at = time.monotonic() + self.lease.seconds / 3
-        events = self._events.poll(CONSUMER, self._micro_batch)
-        if not events:
+        records = self._events.poll(CONSUMER, self._micro_batch)
+        if not records:
             return 0
+        events = [record for record in records if isinstance(record, Event)]
+        dead = [record for record in records if isinstance(record, DeadLetter)]
         settled = self._settled(events)
-        verdicts = {event.episode_id: self._examine(event) for event in events if _name(event) not in settled}
-        self._examine_together([verdict for verdict in verdicts.values() if verdict.episode is not None])
+        fresh = {event.episode_id: event for event in events if _name(event) not in settled}  # each once
+        verdicts = self._examiner.examine(list(fresh.values()))
         crashpoint("coordinator.examined")
         with self._catalog.begin() as connection:
             self.lease.guard(connection)
-            snapshot = self._commit(connection, list(verdicts.values()))
+            self._bury(connection, dead)
+            snapshot = self._commit(connection, verdicts)
             crashpoint("coordinator.episodes_settled")
-            store_offsets(connection, CONSUMER, _last(events))
+            store_offsets(connection, CONSUMER, _last(records))
             crashpoint("coordinator.offsets_stored")
         crashpoint("coordinator.committed")
         self._renew_at = time.monotonic() + self.lease.seconds / 3
         fields = {"snapshot": snapshot.version, "episodes": snapshot.episodes, "events": len(events)}
         log.info("committed", extra={"fields": fields})
-        return len(events)
+        return len(records)
 
     def run(self, stop: threading.Event, poll_s: float = 0.2) -> None:
         """Step until `stop` is set, then give the lease back. Waits out servers that are away.
@@ -185,65 +152,22 @@ class Coordinator:
             done |= {(row.episode_id, row.sha256) for row in held}
         return {_name(event) for event in events if _name(event) in done or _name(event) not in committed}
 
-    def _examine(self, event: Event) -> _Verdict:
-        verdict = _Verdict(event)
-        if event.schema_version != SCHEMA_VERSION:
-            message = f"schema version {event.schema_version}, this server reads {SCHEMA_VERSION}"
-            return verdict.refuse("schema", "schema_version", message)
-        try:
-            data = self._fetch(event)
-        except CorruptDataError as error:
-            return verdict.refuse("store", "object", error.problem)
-        try:
-            episode = decode(data, name=event.key)
-        except CorruptDataError as error:
-            return verdict.refuse("decode", "format", error.problem)
-        except Exception as error:  # whatever crafted bytes provoke: the next event must still be read
-            return verdict.refuse("decode", "format", f"{type(error).__name__}: {error}")
-        for name in ("episode_id", "robot_id", "schema_version"):
-            announced, found = getattr(event, name), getattr(episode, name)
-            if announced != found:
-                return verdict.refuse("identity", name, f"announced as {announced!r}, the object says {found!r}")
-        verdict.episode = episode
-        try:
-            verdict.judge(self._check(episode))
-        except Exception as error:  # a check that breaks accepts nothing; Ingest.release() tries again
-            log.exception("check failed on %s", event.episode_id)
-            verdict.refuse("contract", "check", f"the check itself failed: {type(error).__name__}: {error}")
-        return verdict
+    def _bury(self, connection: sa.Connection, letters: Sequence[DeadLetter]) -> None:
+        for letter in letters:
+            log.error("dead letter %s/%d@%d: %s", self._events.name, letter.partition, letter.offset, letter.reason)
+            values = {
+                "log": self._events.name,
+                "partition": letter.partition,
+                "position": letter.offset,
+                "payload": letter.payload,
+                "reason": letter.reason,
+                "created_at": dialect.now(connection),
+            }
+            dialect.insert_if_absent(connection, dead_letters, values)
 
-    def _examine_together(self, verdicts: Sequence[_Verdict]) -> None:
-        if self._batch_check is None or not verdicts:
-            return
-        accepted = [verdict.episode for verdict in verdicts if verdict.episode is not None]
-        try:
-            found = self._batch_check(accepted)
-        except Exception as error:
-            log.exception("batch check failed")
-            for verdict in verdicts:
-                verdict.refuse("contract", "batch_check", f"the check itself failed: {type(error).__name__}: {error}")
-            return
-        for verdict in verdicts:
-            verdict.judge(found.get(verdict.event.episode_id, ()))
-
-    def _fetch(self, event: Event) -> bytes:
-        """The object's bytes; CorruptDataError when after all tries they are not there or not those announced."""
-        for attempt in range(self._fetch_retries):
-            if attempt:
-                self._sleep(backoff(attempt - 1))
-            try:
-                data = self._objects.get(event.key)
-            except CorruptDataError as error:
-                last = error
-                continue
-            digest = hashlib.sha256(data).hexdigest()
-            if digest == event.sha256:
-                return data
-            last = CorruptDataError(f"object {event.key} has {len(data)} bytes, sha256 {digest}", "send it again")
-        raise last
-
-    def _commit(self, connection: sa.Connection, verdicts: Sequence[_Verdict]) -> Snapshot:
+    def _commit(self, connection: sa.Connection, verdicts: Sequence[Verdict]) -> Snapshot:
         self._refuse_revoked(connection, verdicts)
+        self._refuse_influence(connection, verdicts)
         for verdict in verdicts:
             if verdict.episode is None:
                 event = verdict.event
@@ -259,10 +183,10 @@ class Coordinator:
                 dialect.insert_if_absent(connection, quarantine, values)
                 log.warning("quarantined %s: %s", event.episode_id, verdict.reasons)
         crashpoint("coordinator.quarantined")
-        added = [_row(verdict.episode, verdict.reasons) for verdict in verdicts if verdict.episode is not None]
+        added = [verdict.row() for verdict in verdicts if verdict.episode is not None]
         return append(connection, added=added, reason="episodes", writer=f"{self.lease.holder}#{self.lease.token}")
 
-    def _refuse_revoked(self, connection: sa.Connection, verdicts: Sequence[_Verdict]) -> None:
+    def _refuse_revoked(self, connection: sa.Connection, verdicts: Sequence[Verdict]) -> None:
         rules = list(connection.execute(sa.select(revocations)))
         if not rules:
             return
@@ -274,25 +198,39 @@ class Coordinator:
                 if rule.robot_id == row.robot_id and any(rule.since <= at <= rule.until for at in times):
                     verdict.refuse("revoked", "revocation", f"{rule.robot_id} was revoked: {rule.reason}")
 
+    def _refuse_influence(self, connection: sa.Connection, verdicts: Sequence[Verdict]) -> None:
+        if self._influence_max >= 1.0:
+            return
+        total, of_robot = current(connection).episodes, dict[str, int]()
+        for verdict in verdicts:
+            if verdict.episode is None:
+                continue
+            robot = verdict.event.robot_id
+            if robot not in of_robot:
+                of_robot[robot] = _members_of(connection, robot)
+            if total >= INFLUENCE_FROM and of_robot[robot] + 1 > self._influence_max * (total + 1):
+                share = f"{of_robot[robot] + 1} of {total + 1} episodes"
+                verdict.refuse("influence", "share", f"{robot} would make up {share}, above {self._influence_max:.0%}")
+            else:
+                of_robot[robot], total = of_robot[robot] + 1, total + 1
 
-def _row(episode: Episode, warnings: list[dict[str, str]]) -> dict[str, Any]:
-    return {
-        "episode_id": episode.episode_id,
-        "task": episode.task,
-        "source": episode.source,
-        "outcome": episode.outcome,
-        "policy_version": episode.policy_version,
-        "steps": episode.steps,
-        "interventions": int(episode.intervention.sum()),
-        "warnings": warnings,
-    }
+
+def _members_of(connection: sa.Connection, robot_id: str) -> int:
+    """How many episodes of the current snapshot are the robot's."""
+    query = (
+        sa.select(sa.func.count())
+        .select_from(snapshot_episodes)
+        .join(episodes, episodes.c.episode_id == snapshot_episodes.c.episode_id)
+        .where(episodes.c.robot_id == robot_id, snapshot_episodes.c.removed.is_(None))
+    )
+    return int(connection.execute(query).scalar_one())
 
 
 def _name(event: Event) -> tuple[str, str]:
     return event.episode_id, event.sha256
 
 
-def _last(events: Iterable[Event]) -> dict[int, int]:
+def _last(events: Iterable[Event | DeadLetter]) -> dict[int, int]:
     positions: dict[int, int] = {}
     for event in events:
         positions[event.partition] = max(event.offset, positions.get(event.partition, 0))
@@ -314,26 +252,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(home=options.home)
         log_to(settings.logs_dir, "coordinator")
-        catalog = Catalog(settings.catalog_url)
-        catalog.migrate()
+        catalog = open_catalog(settings, migrate=True, stop=stop)
         crashpoint("coordinator.started")
-        coordinator = Coordinator(
-            catalog,
-            DirectoryStore(settings.objects_dir),
-            OutboxLog(catalog),
-            load_callable(options.check),
-            batch_check=load_callable(options.batch_check) if options.batch_check else None,
-            micro_batch=settings.micro_batch,
-            lease_s=settings.lease_s,
-            fetch_retries=settings.fetch_retries,
-        )
-        while not stop.is_set():
-            try:
-                coordinator.run(stop, settings.poll_s)
-            except LeaseLostError:
-                if not options.standby:
-                    raise
-                stop.wait(settings.lease_s / 3)
+        check, objects = load_callable(options.check), patiently(lambda: open_objects(settings), stop)
+        with closing(patiently(lambda: open_events(settings, catalog), stop)) as events:
+            coordinator = Coordinator(
+                catalog,
+                objects,
+                events,
+                check,
+                batch_check=load_callable(options.batch_check) if options.batch_check else None,
+                micro_batch=settings.micro_batch,
+                lease_s=settings.lease_s,
+                fetch_retries=settings.fetch_retries,
+                influence_max=settings.influence_max,
+            )
+            while not stop.is_set():
+                try:
+                    coordinator.run(stop, settings.poll_s)
+                except LeaseLostError:
+                    if not options.standby:
+                        raise
+                    stop.wait(settings.lease_s / 3)
     except LwdError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,68 @@ from infra.catalog import Catalog, dialect
 from infra.catalog.schema import episodes, quarantine, snapshot_episodes
 from infra.crashpoints import crashpoint
 from infra.episode import SCHEMA_VERSION
-from infra.errors import ConfigError, ConflictError, CorruptDataError
+from infra.errors import ConfigError, ConflictError, CorruptDataError, LwdError
 from infra.events import announce
 from infra.objects import ObjectStore, episode_key, incoming_key
 
 Status = Literal["unknown", "committed", "snapshot", "quarantined"]
+MAX_OBJECT_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a robot says of an episode that it hands in; made by `read`, which checks every value.
+
+    Attributes:
+        robot_id: who ran it; must be what the episode says.
+        episode_id: 32 hex digits.
+        sha256, size: of the object, as the robot computed them.
+        schema_version: of the episode format.
+        produced_at: the robot's clock when the episode was closed, seconds since the epoch; None if it does not say.
+        trace_id: W3C traceparent, or any text of up to 64 characters.
+    """
+
+    robot_id: str
+    episode_id: str
+    sha256: str
+    size: int
+    schema_version: int
+    produced_at: float | None
+    trace_id: str
+
+    @classmethod
+    def read(cls, robot_id: str, episode_id: str, sha256: str, size: int, meta: Mapping[str, object]) -> Claim:
+        """Check and build a claim.
+
+        Args:
+            meta: `schema_version`, `produced_at`, `trace_id`; each optional.
+
+        Raises:
+            ConfigError: a value is malformed; the message names it.
+        """
+        incoming_key(robot_id, episode_id)
+        episode_key(sha256)
+        if isinstance(size, bool) or not 0 <= size <= MAX_OBJECT_BYTES:
+            raise ConfigError(f"episode {episode_id} of {size!r} bytes", f"send at most {MAX_OBJECT_BYTES} bytes")
+        fix = "send schema_version (int), produced_at (seconds since the epoch) and trace_id (up to 64 characters)"
+        if unknown := meta.keys() - {"schema_version", "produced_at", "trace_id"}:
+            raise ConfigError(f"unknown meta field {sorted(unknown)[0]!r}", fix)
+        version, produced, trace = meta.get("schema_version"), meta.get("produced_at"), meta.get("trace_id")
+        if version is None:
+            version = SCHEMA_VERSION
+        if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**31:
+            raise ConfigError(f"meta field 'schema_version' is {version!r}", fix)
+        if produced is not None and (not isinstance(produced, int | float) or not math.isfinite(produced)):
+            raise ConfigError(f"meta field 'produced_at' is {produced!r}", fix)
+        if trace is not None and (not isinstance(trace, str) or not 0 < len(trace) <= 64):
+            raise ConfigError(f"meta field 'trace_id' is {trace!r}", fix)
+        at = None if produced is None else float(produced)
+        return cls(robot_id, episode_id, sha256, size, version, at, trace or uuid.uuid4().hex)
+
+    def row(self) -> dict[str, Any]:
+        """The columns that the tables `episodes` and `outbox` share."""
+        names = ("episode_id", "robot_id", "sha256", "size", "schema_version", "trace_id")
+        return {name: getattr(self, name) for name in names} | {"key": episode_key(self.sha256)}
 
 
 class Ingest:
@@ -49,12 +107,8 @@ class Ingest:
         """Store and commit one episode; on return it is durable, whatever dies next.
 
         Args:
-            robot_id: who ran it; must be what the episode says.
-            episode_id: 32 hex digits.
             data: the object's bytes, or the file that holds them.
-            sha256: of the object, as the robot computed it.
-            size: of the object, bytes.
-            meta: `schema_version` (int), `produced_at` (seconds since the epoch), `trace_id` (str); each optional.
+            robot_id, episode_id, sha256, size, meta: see `Claim`.
 
         Returns:
             Its status now: `committed`, or further if it was known already.
@@ -65,39 +119,53 @@ class Ingest:
             ConflictError: the id belongs to other bytes, or to another robot. Other bytes are kept in quarantine.
             StorageFullError, UnavailableError: nothing was acknowledged; submit again later.
         """
-        key = episode_key(sha256)
-        incoming_key(robot_id, episode_id)  # names are checked before anything else sees them
-        schema_version, produced_at, trace_id = _read_meta(meta or {})
-        known = self.status(episode_id, sha256)
-        if known != "unknown" and self._owner(episode_id) == (robot_id, sha256):
+        claim = Claim.read(robot_id, episode_id, sha256, size, meta or {})
+        if (known := self.known(claim)) is not None:
             return known
-        self._store(robot_id, episode_id, data, sha256, size)
+        incoming = incoming_key(robot_id, episode_id)
+        self._objects.put(incoming, data)
+        crashpoint("ingest.uploaded")
+        return self.commit(claim, incoming)
+
+    def known(self, claim: Claim) -> Status | None:
+        """The claim's status if the server has the same robot's same bytes already, else None: upload them."""
+        with self._catalog.read() as connection:
+            owner = connection.execute(sa.select(episodes).where(episodes.c.episode_id == claim.episode_id)).first()
+            if owner is None or (owner.robot_id, owner.sha256) != (claim.robot_id, claim.sha256):
+                return None
+            found = _status(connection, claim.episode_id, claim.sha256)
+        return None if found == "unknown" else found
+
+    def commit(self, claim: Claim, incoming: str) -> Status:
+        """Verify what was uploaded to `incoming`, move it to its content address, and commit it.
+
+        Returns and raises as `submit`. The upload is gone afterwards, unless the store did not answer.
+        """
+        outcome = self.commit_many([(claim, incoming)])[0]
+        if isinstance(outcome, LwdError):
+            raise outcome
+        return outcome
+
+    def commit_many(self, uploads: Sequence[tuple[Claim, str]]) -> list[Status | LwdError]:
+        """The same for several, in one transaction; each one's status, or the error that `submit` would raise.
+
+        Raises:
+            UnavailableError, StorageFullError: the catalog did not commit; none was acknowledged.
+        """
+        outcomes: list[Status | LwdError] = [
+            self._accept(claim, incoming) or "committed" for claim, incoming in uploads
+        ]
         crashpoint("ingest.stored")
+        stored = [number for number, outcome in enumerate(outcomes) if not isinstance(outcome, LwdError)]
+        if not stored:
+            return outcomes
         with self._catalog.begin() as connection:
-            row: dict[str, Any] = {
-                "episode_id": episode_id,
-                "robot_id": robot_id,
-                "key": key,
-                "sha256": sha256,
-                "size": size,
-                "schema_version": schema_version,
-                "trace_id": trace_id,
-            }
-            at = dialect.now(connection)
-            new = dialect.insert_if_absent(
-                connection,
-                episodes,
-                {**row, "produced_at": at if produced_at is None else produced_at, "committed_at": at},
-            )
-            crashpoint("ingest.episode_inserted")
-            conflict = None if new else self._known(connection, row)
-            if new or (conflict is None and _wanted_again(connection, episode_id, sha256)):
-                announce(connection, **row)
-            crashpoint("ingest.announced")
+            for number in stored:
+                claim = uploads[number][0]
+                conflict = self._insert(connection, claim)
+                outcomes[number] = conflict or _status(connection, claim.episode_id, claim.sha256)
         crashpoint("ingest.committed")
-        if conflict is not None:
-            raise conflict
-        return self.status(episode_id, sha256)
+        return outcomes
 
     def status(self, episode_id: str, sha256: str | None = None) -> Status:
         """How far an episode is. A spool may delete it at `snapshot` or `quarantined`, and sends it again at `unknown`.
@@ -132,26 +200,31 @@ class Ingest:
             row = {name: value for name, value in episode._mapping.items() if not name.endswith("_at")}
             announce(connection, **row)
 
-    def _store(self, robot_id: str, episode_id: str, data: bytes | Path, sha256: str, size: int) -> None:
-        incoming = self._objects.put_incoming(robot_id, episode_id, data)
-        crashpoint("ingest.uploaded")
+    def _accept(self, claim: Claim, incoming: str) -> LwdError | None:
+        """Bring the upload to its content address; the error if it cannot be."""
         try:
-            found = self._objects.verify(incoming)
-            if found != (size, sha256):
-                raise CorruptDataError(
-                    f"episode {episode_id} of {robot_id}: the store holds {found[0]} bytes with sha256 {found[1]}, "
-                    f"announced were {size} with {sha256}",
-                    "submit it again from the spool",
-                )
-            self._objects.promote(incoming, sha256)
-            crashpoint("ingest.promoted")
-        finally:
+            self._objects.accept(incoming, claim.sha256, claim.size)
+            crashpoint("ingest.accepted")
             self._objects.delete(incoming)
+        except CorruptDataError as error:
+            self._objects.delete(incoming)
+            return CorruptDataError(f"episode {claim.episode_id} of {claim.robot_id}: {error.problem}", error.fix)
+        except LwdError as error:
+            return error
+        return None
 
-    def _owner(self, episode_id: str) -> tuple[str, str] | None:
-        with self._catalog.read() as connection:
-            row = connection.execute(sa.select(episodes).where(episodes.c.episode_id == episode_id)).first()
-            return None if row is None else (row.robot_id, row.sha256)
+    def _insert(self, connection: sa.Connection, claim: Claim) -> ConflictError | None:
+        """Within a write transaction: the episode's row and its announcement, or the conflict that forbids them."""
+        at = dialect.now(connection)
+        row = claim.row()
+        produced = at if claim.produced_at is None else claim.produced_at
+        new = dialect.insert_if_absent(connection, episodes, {**row, "produced_at": produced, "committed_at": at})
+        crashpoint("ingest.episode_inserted")
+        conflict = None if new else self._known(connection, row)
+        if new or (conflict is None and _wanted_again(connection, claim.episode_id, claim.sha256)):
+            announce(connection, **row)
+        crashpoint("ingest.announced")
+        return conflict
 
     def _known(self, connection: sa.Connection, row: dict[str, Any]) -> ConflictError | None:
         """The conflict between `row` and the episode that has its id, recorded in quarantine."""
@@ -208,19 +281,3 @@ def _wanted_again(connection: sa.Connection, episode_id: str, sha256: str) -> bo
 
 def _clear(connection: sa.Connection, episode_id: str, sha256: str) -> None:
     connection.execute(quarantine.delete().where(quarantine.c.episode_id == episode_id, quarantine.c.sha256 == sha256))
-
-
-def _read_meta(meta: Mapping[str, object]) -> tuple[int, float | None, str]:
-    fix = "send schema_version (int), produced_at (seconds since the epoch) and trace_id (up to 64 characters)"
-    if unknown := meta.keys() - {"schema_version", "produced_at", "trace_id"}:
-        raise ConfigError(f"unknown meta field {sorted(unknown)[0]!r}", fix)
-    version, produced, trace = meta.get("schema_version"), meta.get("produced_at"), meta.get("trace_id")
-    if version is None:
-        version = SCHEMA_VERSION
-    if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**31:
-        raise ConfigError(f"meta field 'schema_version' is {version!r}", fix)
-    if produced is not None and (not isinstance(produced, int | float) or not math.isfinite(produced)):
-        raise ConfigError(f"meta field 'produced_at' is {produced!r}", fix)
-    if trace is not None and (not isinstance(trace, str) or not 0 < len(trace) <= 64):
-        raise ConfigError(f"meta field 'trace_id' is {trace!r}", fix)
-    return version, None if produced is None else float(produced), trace or uuid.uuid4().hex

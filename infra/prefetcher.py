@@ -3,9 +3,11 @@
     <cache>/new/<sha256>.tar    fetched and verified, not yet taken by the reader
     <cache>/kept/<sha256>.tar   taken; the oldest are evicted when room is needed
 
-Both together stay within the disk budget; when `new` alone fills it, fetching waits for the reader. A store that
-does not answer is asked again for ever, with jittered pauses; an object that is missing or wrong there is tried a
-bounded number of times and then withdrawn by a *new* snapshot, so that every reader drops it at the same version.
+Both together stay within the disk budget; when `new` alone fills it, fetching waits for the reader. Four objects of an
+increment are fetched at once. A store that does not answer is asked again for ever, with jittered pauses; an object
+that is missing or wrong there is tried a bounded number of times and then withdrawn by a *new* snapshot, so that every
+reader drops it at the same version. One whose bytes break off each time is withdrawn only if another one comes whole:
+withdrawing is for good, and must not follow from a network that cuts every answer.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import argparse
 import hashlib
 import logging
 import os
+import random
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +31,15 @@ from infra.catalog import Catalog, schema
 from infra.crashpoints import crashpoint
 from infra.errors import CorruptDataError, LwdError, StorageFullError, UnavailableError
 from infra.files import write_durably
-from infra.objects import DirectoryStore, ObjectStore
+from infra.objects import ObjectStore, UnreadableError
+from infra.plane import open_catalog, open_objects
 from infra.process import backoff, die_with_parent, log_to, stop_on_signal
 from infra.settings import MIB, load_settings
 from infra.snapshots import Difference, Member, Snapshots
 
 _log = logging.getLogger("lwd.prefetcher")
+_AT_ONCE = 4
+_WITNESSES = 5
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,12 @@ class Cache:
         """Bytes in both folders."""
         return sum(size for folder in (self.new, self.kept) for _, size, _ in _files(folder))
 
-    def make_room(self, size: int, budget: int) -> bool:
-        """Evict the oldest kept files until `size` more bytes fit; False if they do not.
+    def make_room(self, size: int, budget: int, under_way: int = 0) -> bool:
+        """Evict the oldest kept files until `size` more bytes fit beside those under way; False if they do not.
 
         An object larger than the whole budget is let into an empty cache: it must pass somehow.
         """
-        used = self.used()
+        used = self.used() + under_way
         for path, freed, _ in sorted(_files(self.kept), key=lambda file: file[2]):
             if used + size <= budget:
                 break
@@ -116,6 +124,7 @@ class Prefetcher:
         pause_s: float = 0.1,
     ) -> None:
         self._catalog = catalog
+        self._snapshots = Snapshots(catalog)
         self._objects = objects
         self._cache = cache
         self._budget = budget
@@ -123,6 +132,7 @@ class Prefetcher:
         self._name = name
         self._pause_s = pause_s
         self._done: set[str] = set()
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
         self.version = after
         cache.create()
         for leftover in cache.new.glob("*.tmp"):
@@ -133,15 +143,13 @@ class Prefetcher:
         increment = next_increment(self._catalog, self.version)
         if increment is None:
             return False
-        for member in increment.added:
-            if stop.is_set():
-                return False
-            if member.sha256 in self._done:
-                continue
-            if not self._fetch(member, stop):
-                return False
-            self._done.add(member.sha256)
-            crashpoint("prefetcher.fetched")
+        # An object may serve several episodes: one that cannot be read fails them all.
+        wanted = {member.sha256: member for member in increment.added if member.sha256 not in self._done}
+        failed = self._fetch_all(list(wanted.values()), stop)
+        for sha256, problem in failed.items():
+            self._withdraw([m.episode_id for m in increment.added if m.sha256 == sha256], problem)
+        if failed or not self._done.issuperset(wanted):
+            return False  # with what failed, look again from the new snapshot
         self.version = increment.version
         self._done.clear()
         return True
@@ -159,36 +167,107 @@ class Prefetcher:
             if not worked:
                 stop.wait(poll_s + (backoff(troubles) if troubles else 0.0))
 
-    def _fetch(self, member: Member, stop: threading.Event) -> bool:
-        """Whether the object is in `new` or is no longer needed."""
+    def _fetch_all(self, members: Sequence[Member], stop: threading.Event) -> dict[str, str]:
+        """Bring objects to `new`, several at once, as far as there is room; by digest, the problem of what cannot be.
+
+        Raises:
+            UnavailableError, StorageFullError, OSError: one of them; what was under way beside it was finished.
+        """
+        waiting, running = deque(members), dict[Future[str | None], Member]()
+        failed: dict[str, str] = {}
+        trouble: BaseException | None = None
+        while True:
+            while waiting and len(running) < _AT_ONCE and not (stop.is_set() or failed or trouble):
+                if self._cached(waiting[0]):
+                    self._fetched(waiting.popleft())
+                    continue
+                under_way = sum(member.size for member in running.values())
+                if not self._cache.make_room(waiting[0].size, self._budget, under_way):
+                    break
+                member = waiting.popleft()
+                running[self._pool.submit(self._fetch, member, stop)] = member
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                member = running.pop(future)
+                if (error := future.exception()) is not None:
+                    trouble = trouble or error
+                elif (problem := future.result()) is not None:
+                    failed[member.sha256] = problem
+                elif not stop.is_set() or self._cached(member):
+                    self._fetched(member)
+        if trouble is not None:
+            raise trouble
+        return failed
+
+    def _fetched(self, member: Member) -> None:
+        self._done.add(member.sha256)
+        crashpoint("prefetcher.fetched")
+
+    def _cached(self, member: Member) -> bool:
+        """Whether the object is in `new`, where need be brought back from `kept`."""
         target, kept = self._cache.new / f"{member.sha256}.tar", self._cache.kept / f"{member.sha256}.tar"
         if _holds(target, member.sha256):
             return True
         if _holds(kept, member.sha256):
             os.replace(kept, target)
             return True
-        if not self._cache.make_room(member.size, self._budget):
-            return False
-        for attempt in range(self._retries):
+        return False
+
+    def _fetch(self, member: Member, stop: threading.Event) -> str | None:
+        """Bring one object to `new`; after all tries, the problem. Nothing is brought when `stop` is set meanwhile."""
+        problem: CorruptDataError | UnreadableError | None = None
+        for attempt in range(self._retries + 1):
+            if attempt == self._retries:
+                if not isinstance(problem, UnreadableError):
+                    break
+                self._see_others_come(member)  # then it has one try more: the network may have come back meanwhile
             try:
-                data = self._objects.get(member.key)
-                if len(data) != member.size or hashlib.sha256(data).hexdigest() != member.sha256:
-                    raise CorruptDataError(
-                        f"object {member.key} holds {len(data)} bytes that are not those of its digest",
-                        "restore it in the store, or collect the episode again",
-                    )
-            except CorruptDataError as error:
-                _log.warning("try %d of %d: %s", attempt + 1, self._retries, error.problem)
-                problem = error.problem
+                data = self._read(member)
+            except (CorruptDataError, UnreadableError) as error:
+                _log.warning("try %d: %s", attempt + 1, error.problem)
+                problem = error
                 if stop.wait(backoff(attempt, self._pause_s)):
-                    return False
+                    return None
             else:
-                write_durably(target, data)
-                return True
+                write_durably(self._cache.new / f"{member.sha256}.tar", data)
+                return None
+        return problem.problem if problem else None
+
+    def _read(self, member: Member) -> bytes:
+        data = self._objects.get(member.key)
+        if len(data) != member.size or hashlib.sha256(data).hexdigest() != member.sha256:
+            raise CorruptDataError(
+                f"object {member.key} holds {len(data)} bytes that are not those of its digest",
+                "restore it in the store, or collect the episode again",
+            )
+        return data
+
+    def _see_others_come(self, member: Member) -> None:
+        """Withdrawing is for good: see that it is this object which does not come, and not every one.
+
+        Raises:
+            UnreadableError: others do not come either.
+        """
+        members = self._snapshots.episodes(self._snapshots.latest().version)
+        others = [other for other in members if other.sha256 != member.sha256]
+        trouble: UnreadableError | None = None
+        for other in random.sample(others, min(_WITNESSES, len(others))):
+            try:
+                self._objects.get(other.key)
+            except UnreadableError as error:
+                trouble = error
+            except CorruptDataError:
+                return
+            else:
+                return
+        if trouble is not None:
+            raise trouble
+
+    def _withdraw(self, episode_ids: Sequence[str], problem: str) -> None:
         reason = f"{self._name} gave up after {self._retries} tries: {problem}"
-        version = Snapshots(self._catalog).withdraw([member.episode_id], reason=reason, writer=self._name).version
-        _log.error("episode %s withdrawn by snapshot %d: %s", member.episode_id, version, problem)
-        return False  # look again from the new snapshot
+        version = self._snapshots.withdraw(episode_ids, reason=reason, writer=self._name).version
+        _log.error("episodes %s withdrawn by snapshot %d: %s", ", ".join(episode_ids), version, problem)
 
 
 def _files(folder: Path) -> list[tuple[Path, int, float]]:
@@ -223,11 +302,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(home=options.home)
         log_to(settings.logs_dir, f"prefetcher-{options.reader}")
-        catalog = Catalog(settings.catalog_url)
-        catalog.check()
+        catalog = open_catalog(settings)
         Prefetcher(
             catalog,
-            DirectoryStore(settings.objects_dir),
+            open_objects(settings),
             Cache(settings.cache_dir / options.reader),
             budget=settings.cache_max_mib * MIB,
             after=options.after,

@@ -14,9 +14,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, UnavailableError
+
+T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
 _SECRET = re.compile(
@@ -92,6 +94,24 @@ def log_to(folder: Path, name: str, level: int = logging.INFO) -> Path:
 def backoff(attempt: int, base_s: float = 0.1, cap_s: float = 10.0) -> float:
     """Full-jitter exponential pause before try `attempt` + 1 (attempt counts from 0), seconds."""
     return random.uniform(0, min(cap_s, base_s * 2.0**attempt))
+
+
+def patiently(work: Callable[[], T], stop: threading.Event) -> T:
+    """`work()`, asked again for as long as a server that it needs is away: a long-lived process outlasts them.
+
+    Raises:
+        UnavailableError: still away when `stop` was set.
+        LwdError: whatever else `work` raises.
+    """
+    attempt = 0
+    while True:
+        try:
+            return work()
+        except UnavailableError as error:
+            logging.getLogger(__name__).warning("waiting: %s", error.problem)
+            if stop.wait(backoff(attempt)):
+                raise
+            attempt += 1
 
 
 def load_callable(spec: str) -> Callable[..., Any]:

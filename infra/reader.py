@@ -1,4 +1,8 @@
-"""The learner's view of the replay data: snapshots in order, whole, verified, however the prefetcher fares."""
+"""The learner's view of the replay data: snapshots in order, whole, verified, however the prefetcher fares.
+
+A living reader pins the version that it holds: garbage collection leaves what that version needs. The pin ends by
+itself, 10 minutes after the last sign of life, so that a reader that is started again finds its version still there.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
-from infra.catalog import Catalog, dialect, schema
+from infra.catalog import dialect, schema
+from infra.collect import pin
 from infra.episode import Episode, decode
 from infra.errors import ConfigError, CorruptDataError, UnavailableError
+from infra.plane import open_catalog
 from infra.prefetcher import Cache, next_increment
 from infra.settings import Settings
 from infra.snapshots import Member, Snapshots
@@ -21,6 +27,7 @@ from infra.snapshots import Member, Snapshots
 _log = logging.getLogger("lwd.reader")
 _QUICK_S = 5.0
 _MAX_QUICK_DEATHS = 8
+_PIN_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Increment:
 
     Attributes:
         digest: of snapshot `version`; ranks that hold the same (version, digest) hold the same data.
-        added: new episodes, in order of id.
+        added: new episodes, in order of the version that added them, then of id.
         removed: ids that are no members any more.
     """
 
@@ -56,13 +63,14 @@ class SnapshotReader:
     def __init__(self, settings: Settings, *, name: str = "learner", after: int = 0, follow: bool = True) -> None:
         self._settings = settings
         self._name = name
-        self._catalog = Catalog(settings.catalog_url)
-        self._catalog.check()
+        self._catalog = open_catalog(settings)
         self._snapshots = Snapshots(self._catalog)
         self._cache = Cache(settings.cache_dir / name)
         self._cache.create()
         start = self._snapshots.get(after)  # ConfigError when it is ahead of the catalog
         self.version, self.digest = after, start.digest
+        self._pin_due = 0.0
+        self._pin()
         self._taken: dict[str, Episode] = {}  # by sha256: of the increment that is still incomplete
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._due = 0.0
@@ -91,6 +99,8 @@ class SnapshotReader:
             UnavailableError: the prefetcher dies again and again; the message names its log.
         """
         self._keep_alive()
+        if time.monotonic() >= self._pin_due:
+            self._pin()
         step = next_increment(self._catalog, self.version)
         if step is None:
             return None
@@ -115,7 +125,7 @@ class SnapshotReader:
         return increment
 
     def close(self) -> None:
-        """Stop the prefetcher and let the catalog go; the cache stays."""
+        """Stop the prefetcher and let the catalog go; the cache stays, and the pin until it expires."""
         self._follow = False
         self._kill()
         self._catalog.close()
@@ -150,21 +160,28 @@ class SnapshotReader:
 
     def _sweep(self) -> None:
         """Let be evicted what is not waited for: withdrawn since, or fetched twice. It would hold its room for ever."""
+        present = list(self._cache.new.glob("*.tar"))  # first: what comes after the look at the catalog is not judged
         latest = self._snapshots.latest().version
-        needed = {
-            member.sha256 for member in self._snapshots.increment(self.version, latest).added
-        } - self._taken.keys()
-        for path in self._cache.new.glob("*.tar"):
+        added = self._snapshots.increment(self.version, latest).added
+        needed = {member.sha256 for member in added} - self._taken.keys()
+        for path in present:
             if path.stem not in needed:
                 os.replace(path, self._cache.kept / path.name)
 
-    def _record(self, version: int) -> None:
-        """When each version reached this reader, the first time."""
+    def _pin(self) -> None:
         with self._catalog.begin() as connection:
+            pin(connection, self._name, self.version)
+        self._pin_due = time.monotonic() + _PIN_EVERY_S
+
+    def _record(self, version: int) -> None:
+        """When each version reached this reader, the first time; and that it holds the last of them."""
+        with self._catalog.begin() as connection:
+            pin(connection, self._name, version)
             at = dialect.now(connection)
             for loaded in range(self.version + 1, version + 1):
                 row = {"reader": self._name, "version": loaded, "loaded_at": at}
                 dialect.insert_if_absent(connection, schema.loads, row)
+        self._pin_due = time.monotonic() + _PIN_EVERY_S
 
     def _keep_alive(self) -> None:
         if not self._follow:

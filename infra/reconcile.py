@@ -1,19 +1,40 @@
-"""The reconciler: compares rows and objects, and mends what a broker, a store or a crash left different."""
+"""The reconciler: compares rows and objects, and mends what a broker, a store or a crash left different.
+
+    python -m infra.reconcile --home /srv/lwd --every 60
+
+goes on for ever, and holds a lease so that no two announce the same again. Rows are looked at every time, by an index;
+the whole store is listed only once an hour.
+"""
 
 from __future__ import annotations
 
+import argparse
+import logging
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
+from infra.catalog.leases import Lease
 from infra.catalog.schema import episodes, outbox, quarantine, snapshot_episodes
 from infra.crashpoints import crashpoint
+from infra.errors import LeaseLostError, LwdError
 from infra.events import announce
-from infra.objects import ObjectStore
+from infra.objects import ObjectInfo, ObjectStore
+from infra.plane import open_catalog, open_objects
+from infra.process import backoff, die_with_parent, log_to, patiently, stop_on_signal
+from infra.settings import load_settings
 
+log = logging.getLogger(__name__)
+ROLE = "reconciler"
+_BATCH = 500  # parameters of one IN (...)
 _CLAIM = ("episode_id", "robot_id", "key", "sha256", "size", "schema_version", "trace_id")
 
 
@@ -28,7 +49,13 @@ class Reconciliation:
 
 
 def reconcile(
-    catalog: Catalog, objects: ObjectStore, *, grace_s: float = 3600.0, now: float | None = None
+    catalog: Catalog,
+    objects: ObjectStore,
+    *,
+    grace_s: float = 3600.0,
+    now: float | None = None,
+    sweep: bool = True,
+    alive: Callable[[], object] = lambda: None,
 ) -> Reconciliation:
     """Mend what has differed for longer than `grace_s`. Safe beside running processes, and to repeat.
 
@@ -40,12 +67,15 @@ def reconcile(
     Args:
         grace_s: how long a running process may take between two of its steps, seconds.
         now: the time to judge ages by; the clock's by default.
+        sweep: list the whole store too, for what was never committed.
+        alive: called between any two steps; what it raises ends the work, which may be taken up again.
     """
     before = (time.time() if now is None else now) - grace_s
     with catalog.read() as connection:
         waiting = list(connection.execute(_unsettled(before)))
     announced = lost = 0
     for row in waiting:
+        alive()
         there = objects.exists(row.key)
         with catalog.begin() as connection:
             if connection.execute(_unsettled(before).where(episodes.c.episode_id == row.episode_id)).first() is None:
@@ -57,17 +87,89 @@ def reconcile(
                 _want_again(connection, row)
                 lost += 1
         crashpoint("reconcile.row_mended")
-    orphans = incoming = 0
-    for item in list(objects.list("episodes")):
-        if item.modified <= before and not _referenced(catalog, item.key):
-            objects.delete(item.key)
-            orphans += 1
+    orphans = _delete_orphans(catalog, objects, before, alive) if sweep else 0
     crashpoint("reconcile.orphans_deleted")
+    incoming = 0
     for item in list(objects.list("incoming")):
+        alive()
         if item.modified <= before:
             objects.delete(item.key)
             incoming += 1
     return Reconciliation(announced, lost, orphans, incoming)
+
+
+def run(
+    catalog: Catalog,
+    objects: ObjectStore,
+    stop: threading.Event,
+    *,
+    every_s: float,
+    grace_s: float,
+    sweep_s: float = 3600.0,
+    lease_s: float = 10.0,
+) -> None:
+    """Reconcile every `every_s` seconds until `stop`, while this process holds the lease; waits out servers.
+
+    Args:
+        sweep_s: time between two listings of the whole store, seconds.
+        lease_s: how long another waits for this one after a missed round, seconds.
+    """
+    lease = Lease(catalog, ROLE, every_s + lease_s)
+    renew_at, sweep_at, failures = 0.0, 0.0, 0
+
+    def alive() -> None:
+        nonlocal renew_at
+        if time.monotonic() >= renew_at:
+            lease.acquire()
+            renew_at = time.monotonic() + lease_s / 3
+
+    while not stop.is_set():
+        pause, sweep = every_s, time.monotonic() >= sweep_at
+        try:
+            renew_at = 0.0
+            alive()
+            found = reconcile(catalog, objects, grace_s=grace_s, sweep=sweep, alive=alive)
+            failures = 0
+            sweep_at = time.monotonic() + sweep_s if sweep else sweep_at
+            if found != Reconciliation(0, 0, 0, 0):
+                log.info("mended", extra={"fields": vars(found)})
+        except LeaseLostError as error:
+            log.debug("waiting: %s", error.problem)
+            pause = min(every_s, lease_s / 3)
+        except LwdError as error:
+            failures += 1
+            log.warning("will try again: %s", error.problem)
+            pause = backoff(failures)
+        stop.wait(pause)
+    try:
+        lease.release()
+    except LwdError as error:
+        log.warning("the lease was not released: %s", error.problem)
+
+
+def _delete_orphans(catalog: Catalog, objects: ObjectStore, before: float, alive: Callable[[], object]) -> int:
+    """Should a commit race with the deletion, the coordinator asks for the object again."""
+    deleted, listing = 0, iter(objects.list("episodes"))
+    while batch := list(islice(listing, _BATCH)):
+        alive()
+        for key in _unreferenced(catalog, [item for item in batch if item.modified <= before]):
+            objects.delete(key)
+            deleted += 1
+    return deleted
+
+
+def _unreferenced(catalog: Catalog, items: Sequence[ObjectInfo]) -> Iterator[str]:
+    """The keys that no row needs."""
+    keys = [item.key for item in items]
+    if not keys:
+        return
+    with catalog.read() as connection:
+        known = {
+            key
+            for table in (episodes, quarantine)
+            for key in connection.execute(sa.select(table.c.key).where(table.c.key.in_(keys))).scalars()
+        }
+    yield from (key for key in keys if key not in known)
 
 
 def _want_again(connection: sa.Connection, row: sa.Row[Any]) -> None:
@@ -83,18 +185,38 @@ def _want_again(connection: sa.Connection, row: sa.Row[Any]) -> None:
     dialect.insert_if_absent(connection, quarantine, values)
 
 
-def _referenced(catalog: Catalog, key: str) -> bool:
-    """Whether a row needs the object. Should a commit race with the deletion, the coordinator asks for it again."""
-    with catalog.read() as connection:
-        return any(
-            connection.execute(sa.select(table.c.key).where(table.c.key == key).limit(1)).first() is not None
-            for table in (episodes, quarantine)
-        )
-
-
 def _unsettled(before: float) -> sa.Select[Any]:
     """Episodes committed before a time, in no snapshot and not in quarantine, and last announced before it too."""
     recent = sa.exists().where(outbox.c.episode_id == episodes.c.episode_id, outbox.c.created_at > before)
     held = sa.exists().where(quarantine.c.episode_id == episodes.c.episode_id, quarantine.c.sha256 == episodes.c.sha256)
     member = sa.exists().where(snapshot_episodes.c.episode_id == episodes.c.episode_id)
     return sa.select(episodes).where(episodes.c.committed_at <= before, ~recent, ~held, ~member)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m infra.reconcile`: run until SIGTERM; exit code of the error otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.reconcile", description="Mend what servers and crashes lost."
+    )
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--every", type=float, default=60.0, help="seconds between two looks")
+    parser.add_argument("--grace", type=float, default=3600.0, help="age of a difference that is mended, seconds")
+    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
+    options = parser.parse_args(arguments)
+    if options.parent:
+        die_with_parent(options.parent)
+    stop = stop_on_signal()
+    try:
+        settings = load_settings(home=options.home)
+        log_to(settings.logs_dir, ROLE)
+        catalog = open_catalog(settings, migrate=True, stop=stop)
+        objects = patiently(lambda: open_objects(settings), stop)
+        run(catalog, objects, stop, every_s=options.every, grace_s=options.grace, lease_s=settings.lease_s)
+    except LwdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,8 @@
 
 Snapshot V holds the episodes with `added <= V and (removed is null or removed > V)`; the highest version is the current
 one. Every writer goes through `append` inside a catalog transaction, and write transactions are serialised: that is
-what makes versions gapless.
+what makes versions gapless. Every version that is pinned, or at or above the floor of the last garbage collection
+(`infra.collect`), reads byte-identical (I4); an older one that lost an object says so instead of reading incomplete.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
-from infra.catalog.schema import episodes, quarantine, revocations, snapshot_episodes, snapshots
+from infra.catalog.schema import collections, episodes, quarantine, revocations, snapshot_episodes, snapshots
 from infra.crashpoints import crashpoint
 from infra.errors import ConfigError, CorruptDataError
 
@@ -52,7 +53,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Difference:
-    """What leads from snapshot `after` to snapshot `version`."""
+    """What leads from snapshot `after` to snapshot `version`.
+
+    `added` is in order of the version that added it, then of id: a reader that keeps this order, and the order of the
+    rest when it removes, holds every version in one order, whichever steps led there.
+    """
 
     after: int
     version: int
@@ -80,18 +85,30 @@ class Snapshots:
         with self._catalog.read() as connection:
             return _get(connection, version)
 
+    def floor(self) -> int:
+        """The oldest version that is certainly whole; 0 before the first garbage collection."""
+        with self._catalog.read() as connection:
+            return floor(connection)
+
     def episodes(self, version: int) -> list[Member]:
-        """The members of one version, in order of id: the same list forever."""
+        """The members of one version, in order of id: the same list as long as it is kept.
+
+        Raises:
+            ConfigError: there is no such version, or objects of it were collected.
+        """
         with self._catalog.read() as connection:
             _get(connection, version)
             held = sa.or_(snapshot_episodes.c.removed.is_(None), snapshot_episodes.c.removed > version)
-            return _members(connection, sa.and_(snapshot_episodes.c.added <= version, held))
+            members = sa.and_(snapshot_episodes.c.added <= version, held)
+            _must_be_kept(connection, version, members)
+            return _members(connection, members, episodes.c.episode_id)
 
     def increment(self, after: int, version: int | None = None) -> Difference:
         """What a reader of snapshot `after` adds and removes to hold `version` (the current one by default).
 
         Raises:
-            ConfigError: `after` is ahead of `version`, or there is no such version.
+            ConfigError: `after` is ahead of `version`, there is no such version, or what it adds was collected. From a
+                version below the floor to one at or above it there is always a way.
         """
         with self._catalog.read() as connection:
             target = current(connection) if version is None else _get(connection, version)
@@ -105,11 +122,12 @@ class Snapshots:
             gone = sa.select(snapshot_episodes.c.episode_id).where(
                 added <= after, removed > after, removed <= target.version
             )
+            _must_be_kept(connection, target.version, new)
             return Difference(
                 after,
                 target.version,
                 target.digest,
-                tuple(_members(connection, new)),
+                tuple(_members(connection, new, added, episodes.c.episode_id)),
                 tuple(sorted(connection.execute(gone).scalars())),
             )
 
@@ -183,6 +201,11 @@ def current(connection: sa.Connection) -> Snapshot:
     """The current snapshot as this transaction sees it."""
     row = connection.execute(sa.select(snapshots).order_by(snapshots.c.version.desc()).limit(1)).first()
     return EMPTY if row is None else _snapshot(row)
+
+
+def floor(connection: sa.Connection) -> int:
+    """As `Snapshots.floor`, in this transaction."""
+    return connection.execute(sa.select(sa.func.max(collections.c.floor))).scalar() or 0
 
 
 def append(
@@ -262,7 +285,22 @@ def _digest(parent: str, version: int, added: Iterable[tuple[str, str]], removed
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _members(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> list[Member]:
+def _must_be_kept(connection: sa.Connection, version: int, condition: sa.ColumnElement[bool]) -> None:
+    """ConfigError if a garbage collection may have taken an object of the members that `condition` names."""
+    lowest = floor(connection)
+    if version >= lowest:
+        return
+    gone = sa.select(snapshot_episodes.c.episode_id).where(condition, snapshot_episodes.c.removed <= lowest).limit(1)
+    if connection.execute(gone).first() is not None:
+        raise ConfigError(
+            f"snapshot {version} was collected; the oldest kept is {lowest}",
+            "ask for that one or a later one; a longer `lwd data collect --keep-days` keeps more from now on",
+        )
+
+
+def _members(
+    connection: sa.Connection, condition: sa.ColumnElement[bool], *order: sa.ColumnElement[Any]
+) -> list[Member]:
     query = (
         sa.select(
             episodes.c.episode_id,
@@ -275,7 +313,7 @@ def _members(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> li
         )
         .join(episodes, episodes.c.episode_id == snapshot_episodes.c.episode_id)
         .where(condition)
-        .order_by(episodes.c.episode_id)
+        .order_by(*order)
     )
     return [Member(*row) for row in connection.execute(query)]
 

@@ -22,6 +22,7 @@ from lwd_model.flow import Velocity, euler, flow_matching_loss
 from lwd_model.networks import Critic, FlatNetwork, FlowPolicy, Value, Weights
 from lwd_model.normaliser import CLIP, Normaliser
 from lwd_model.qam import qam_loss
+from lwd_model.ranks import Ranks
 from lwd_model.schedule import learning_rate
 from lwd_model.support import Support
 
@@ -43,6 +44,8 @@ class LWDAgent(nn.Module):
         dtype: of the trunks' products, `precision.compute_dtype`.
         seed: of the initial weights.
         parallel: run the two halves of an update in two threads.
+        ranks: who learns the same agent together. Each brings its part of the batch; noise is drawn for the whole batch
+            and gradients are averaged, so that every rank makes the update that one alone would make.
     """
 
     obs_mean: Tensor
@@ -56,8 +59,10 @@ class LWDAgent(nn.Module):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         parallel: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
+        self.ranks = ranks or Ranks()
         if normaliser.mean.shape != (config.policy.obs_dim,):
             raise ConfigError(
                 f"the normaliser has {normaliser.mean.shape[0]} entries, the policy obs_dim={config.policy.obs_dim}",
@@ -136,7 +141,8 @@ class LWDAgent(nn.Module):
         """One update of DIVL and QAM (Algorithm 2), and of the cloned reference.
 
         Args:
-            batch: B samples; QAM takes `policy_batch` of them, evenly spread (a mixed batch stays mixed).
+            batch: this rank's B samples; QAM takes its share of `policy_batch` of them, evenly spread (a mixed batch
+                stays mixed).
             generator: CPU generator of all noise.
 
         Returns:
@@ -145,11 +151,10 @@ class LWDAgent(nn.Module):
         c = self.config.learner
         obs = self.normalise(batch.obs)
         clone_noise = self._flow_noise(batch.actions, generator)
-        rows = slice(0, (len(batch) // c.policy_batch) * c.policy_batch or None, max(1, len(batch) // c.policy_batch))
+        states = c.policy_batch // self.ranks.world
+        rows = slice(0, (len(batch) // states) * states or None, max(1, len(batch) // states))
         few, few_obs = batch[rows], obs[rows]
-        chunk = batch.actions.shape[1:]
-        noise = torch.randn(self.config.policy.flow_steps, c.samples * len(few), *chunk, generator=generator)
-        noise = noise.to(obs.device)
+        noise = self._path_noise(few.actions, generator)
         steps_seed = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
 
         learn_policy = self.counters["rl"] >= c.critic_warmup
@@ -252,8 +257,19 @@ class LWDAgent(nn.Module):
     # --- shared parts ---------------------------------------------------------------------------------------------
 
     def _flow_noise(self, actions: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(actions.shape, generator=generator).to(actions.device)
-        return noise, torch.rand(len(actions), generator=generator).to(actions.device)
+        """Noise and flow times of this rank's samples, cut from those of all ranks' samples."""
+        count = len(actions) * self.ranks.world
+        noise = torch.randn(count, *actions.shape[1:], generator=generator)
+        times = torch.rand(count, generator=generator)
+        mine = self.ranks.part(count)
+        return noise[mine].to(actions.device), times[mine].to(actions.device)
+
+    def _path_noise(self, actions: Tensor, generator: torch.Generator) -> Tensor:
+        """(N, M·B, H, A) noise of QAM's trajectories, tile-major, cut likewise."""
+        steps, samples, count = self.config.policy.flow_steps, self.config.learner.samples, len(actions)
+        count *= self.ranks.world
+        noise = torch.randn(steps, samples, count, *actions.shape[1:], generator=generator)
+        return noise[:, :, self.ranks.part(count)].flatten(1, 2).to(actions.device)
 
     def _flow_loss(
         self,
@@ -267,13 +283,19 @@ class LWDAgent(nn.Module):
     ) -> Tensor:
         cache = network.prefix(obs, batch.task, p)
         return flow_matching_loss(
-            lambda x, t: network.velocity(cache, x, t, p), batch.actions, batch.mask, weight, noise, w
+            lambda x, t: network.velocity(cache, x, t, p),
+            batch.actions,
+            batch.mask,
+            weight,
+            noise,
+            w,
+            self.ranks.average,
         )
 
     def _step(self, name: str, network: FlatNetwork, weights: Weights, loss: Tensor, step: int) -> None:
         """One optimiser step on one network, its gradient clipped to a norm."""
         c, optimiser, flat = self.config.learner, self.optimisers[name], network.flat
-        gradient = network.collect(loss, weights)
+        gradient = self.ranks.average(network.collect(loss, weights))
         if c.grad_clip:
             norm = torch.linalg.vector_norm(gradient)
             gradient.mul_((c.grad_clip / norm.clamp_min(1e-12)).clamp_max(1.0))

@@ -17,6 +17,7 @@ from lwd_model.returns import Takeover, TimeLimit, discounted_return, nstep_fiel
 
 Padding = Literal["repeat", "zeros"]
 Cloned = Literal["all", "successes"]
+EVERYTHING = slice(None)
 
 
 @dataclass(frozen=True)
@@ -186,18 +187,26 @@ class Replay:
         return True
 
     def sample(
-        self, batch: int, rng: np.random.Generator, *, balanced: bool = False, cloned_only: bool = False
+        self,
+        batch: int,
+        rng: np.random.Generator,
+        *,
+        balanced: bool = False,
+        cloned_only: bool = False,
+        part: slice = EVERYTHING,
     ) -> Batch:
         """Draw `batch` samples with replacement, uniformly over starts.
 
         Args:
             balanced: uniform over the tasks present, then over a task's starts.
             cloned_only: among the samples of positive clone weight only.
+            part: which of the drawn samples are wanted, contiguous (`Ranks.part`). The draw is the same for each part:
+                parts taken with generators of the same state are cut from one batch.
 
         Raises:
             ConfigError: nothing to draw from.
         """
-        return self._gather(self._draw(batch, rng, balanced, cloned_only))
+        return self._gather(self._draw(batch, rng, balanced, cloned_only)[part])
 
     def has_samples(self, cloned_only: bool = False) -> bool:
         """Whether there is anything to draw from."""
@@ -304,10 +313,13 @@ def mixed_sample(
     *,
     balanced: bool = False,
     cloned_only: bool = False,
+    part: slice = EVERYTHING,
 ) -> Batch:
     """A batch of which exactly round(online_fraction · batch) samples are online (1:1 in the paper).
 
-    Offline samples come first. While one replay has nothing to draw from, the other gives the whole batch.
+    Offline samples come first. While one replay has nothing to draw from, the other gives the whole batch. With `part`,
+    only those of the batch's samples are gathered (see `Replay.sample`): the batch itself depends on the generator's
+    state and on the replays' contents alone, whatever the number of ranks that share it.
 
     Raises:
         ConfigError: both are empty, or the fraction is not within [0, 1].
@@ -320,10 +332,14 @@ def mixed_sample(
     elif not offline.has_samples(cloned_only):
         count = batch
     if count == 0:
-        return offline.sample(batch, rng, balanced=balanced, cloned_only=cloned_only)
-    fresh = online.sample(count, rng, balanced=balanced, cloned_only=cloned_only)
+        return offline.sample(batch, rng, balanced=balanced, cloned_only=cloned_only, part=part)
+    first, last, _ = part.indices(batch)
+    border = batch - count
+    fresh_part = slice(max(first - border, 0), max(last - border, 0))
+    fresh = online.sample(count, rng, balanced=balanced, cloned_only=cloned_only, part=fresh_part)
     fresh.online.fill_(True)
     if count == batch:
         return fresh
-    old = offline.sample(batch - count, rng, balanced=balanced, cloned_only=cloned_only)
+    old_part = slice(min(first, border), min(last, border))
+    old = offline.sample(border, rng, balanced=balanced, cloned_only=cloned_only, part=old_part)
     return Batch(**{f.name: torch.cat([getattr(old, f.name), getattr(fresh, f.name)]) for f in fields(Batch)})

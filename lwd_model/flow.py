@@ -20,7 +20,13 @@ def over(w: Tensor, x: Tensor) -> Tensor:
 
 
 def flow_matching_loss(
-    velocity: Velocity, actions: Tensor, mask: Tensor | None, weight: Tensor | None, noise: Tensor, w: Tensor
+    velocity: Velocity,
+    actions: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    noise: Tensor,
+    w: Tensor,
+    over_ranks: Callable[[Tensor], Tensor] = lambda weight: weight,
 ) -> Tensor:
     """Squared error to the velocity a - noise along the straight path (eq. 7, 34).
 
@@ -30,6 +36,8 @@ def flow_matching_loss(
         mask: (B, H) bool, False on padding; None is all True.
         weight: (B,) weight of each sample (0 leaves it out); None is all 1.
         noise: (B, H, A) standard normal; w: (B,) in [0, 1].
+        over_ranks: the mean over ranks of the batch's total weight: then the mean of the ranks' losses is the loss of
+            their batches together, however unequal their weights.
 
     Returns:
         Scalar: weighted mean over real action entries; 0 where no entry has weight.
@@ -39,7 +47,7 @@ def flow_matching_loss(
     share = torch.ones_like(error[..., 0]) if mask is None else mask.to(error.dtype)
     if weight is not None:
         share = share * weight.to(error.dtype).unsqueeze(-1)
-    total = (share.sum() * actions.shape[-1]).clamp_min(torch.finfo(error.dtype).tiny)
+    total = (over_ranks(share.sum()) * actions.shape[-1]).clamp_min(torch.finfo(error.dtype).tiny)
     return (error * share.unsqueeze(-1)).sum() / total
 
 

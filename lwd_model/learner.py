@@ -20,6 +20,7 @@ from lwd_model.config import AgentConfig, agent_from_dict, to_dict
 from lwd_model.divl import unresolved_backup
 from lwd_model.normaliser import Normaliser
 from lwd_model.precision import compute_dtype
+from lwd_model.ranks import Ranks
 from lwd_model.support import Support
 
 Sampler = Callable[[np.random.Generator], Batch]
@@ -41,6 +42,8 @@ class Learner:
         accelerator: Fabric's; `auto` takes a GPU where there is one.
         threads: CPU threads to use; 2 or more run value learning and policy extraction side by side.
         dtype: of the trunks; None chooses by what the processor can do.
+        ranks: who learns together. All are made and called alike and hold the same state to the bit: one of them saves
+            for all, and a checkpoint goes on with any number of ranks. Metrics are of the rank's own samples.
     """
 
     def __init__(
@@ -52,14 +55,23 @@ class Learner:
         accelerator: str = "auto",
         threads: int = 1,
         dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.ranks = config, seed, ranks or Ranks()
         self.fabric = Fabric(accelerator=accelerator, devices=1)
         device = self.fabric.device
-        parallel = device.type == "cpu" and threads >= 2
+        # Two threads' collectives would meet in different orders on different ranks.
+        parallel = device.type == "cpu" and threads >= 2 and self.ranks.world == 1
         if device.type == "cpu":
             torch.set_num_threads(max(1, threads // 2 if parallel else threads))
         c = config.learner
+        if self.ranks.world > 1:
+            self.ranks.part(c.policy_batch)
+            if c.batch % c.policy_batch:
+                raise ConfigError(
+                    f"batch={c.batch} is no multiple of policy_batch={c.policy_batch}",
+                    "several ranks spread the policy's states evenly over their samples: choose a multiple",
+                )
         for n in {c.n_step_short, c.n_step_long}:
             if c.value_kind == "distributional" and not c.interpolate:
                 unresolved_backup(
@@ -70,7 +82,12 @@ class Learner:
                 )
         width = min(config.policy.width, config.critic.width)
         self.agent = LWDAgent(
-            config, normaliser, dtype=dtype or compute_dtype(device, width), seed=seed, parallel=parallel
+            config,
+            normaliser,
+            dtype=dtype or compute_dtype(device, width),
+            seed=seed,
+            parallel=parallel,
+            ranks=self.ranks,
         )
         self.agent.to(device)
         self.agent.reset_optimisers()
@@ -98,7 +115,7 @@ class Learner:
 
         Args:
             sampler: gives the next batch from the learner's numpy generator, for example
-                `lambda rng: replay.sample(256, rng)`.
+                `lambda rng: replay.sample(256, rng)`; with several ranks, `part=ranks.part(256)` of it.
             cloned: in stage `sft`, weigh samples by `clone_weight` (HG-DAgger).
             on_step: called after every update with the stage's update count, and the metrics as floats every
                 `metrics_every` updates (else None: fetching them stalls a GPU). Returning True stops.

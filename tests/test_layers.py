@@ -20,6 +20,14 @@ ALLOWED = {
     "lwd_model": {"infra.errors", "infra.episode", "infra.reader"},
     "data_contracts": {"infra.errors", "infra.episode"},
 }
+# What a robot runs: it needs a URL, a token and keys, so nothing that only a server has.
+ROBOT_SIDE = ("infra/edge/*.py", "infra/policy/subscriber.py", "infra/policy/bases.py", "infra/policy/artifact.py",
+              "infra/policy/keys.py", "infra/policy/announcement.py", "infra/fleet/contact.py")  # fmt: skip
+SERVER_ONLY = {"sqlalchemy", "alembic", "psycopg", "fastapi", "starlette", "uvicorn", "kafka", "minio",
+               "prometheus_client"}  # fmt: skip
+SERVER_PARTS = ("infra.catalog", "infra.service", "infra.plane", "infra.ingest", "infra.events", "infra.servers",
+                "infra.objects", "infra.snapshots", "infra.coordinator", "infra.policy.channel",
+                "infra.policy.registry")  # fmt: skip
 FILES = sorted(path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py"))
 
 
@@ -50,6 +58,29 @@ def wrong(package: str, source: str) -> set[str]:
 def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     assert wrong(package, path.read_text()) == set()
+
+
+def heavy(source: str) -> set[str]:
+    """Imports that a robot's file must not have."""
+    return {
+        module
+        for module in imported(source)
+        if module.split(".")[0] in SERVER_ONLY or any(f"{module}.".startswith(f"{part}.") for part in SERVER_PARTS)
+    }
+
+
+@pytest.mark.parametrize("pattern", ROBOT_SIDE)
+def test_the_robots_side_imports_nothing_of_the_server(pattern: str) -> None:
+    paths = sorted(ROOT.glob(pattern))
+    assert paths
+    assert {str(path.relative_to(ROOT)): found for path in paths if (found := heavy(path.read_text()))} == {}
+
+
+def test_the_check_of_the_robots_side_finds_what_it_looks_for() -> None:
+    for line in ("import sqlalchemy as sa", "from minio import Minio", "from infra.catalog import Catalog",
+                 "from infra import plane", "def f():\n    from infra.service.auth import Tokens"):  # fmt: skip
+        assert heavy(line)
+    assert not heavy("import urllib3\nfrom infra.policy.announcement import Announcement")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
 import time
@@ -17,6 +18,17 @@ from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableErr
 BUSY_S = 30.0
 _WRITERS_LOCK = 0x4C574421  # any constant: the advisory lock that serialises writers on PostgreSQL
 _NEARLY_FULL = 2**20
+# libpq's own patience is hours: a server that vanished without a word must be an error within BUSY_S.
+_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": int(BUSY_S * 1000),
+}
+_NO_TABLE = ("42P01", "42703")  # undefined table, undefined column
+_REFUSED = ("28000", "28P01", "3D000")  # no such role, wrong password, no such database
+_REFUSED_TEXT = re.compile(r"password authentication failed|no password supplied|(role|database) \".*\" does not exist")
 
 
 def make_engine(url: str) -> sa.Engine:
@@ -25,7 +37,8 @@ def make_engine(url: str) -> sa.Engine:
     if parsed.get_backend_name() == "sqlite":
         return _sqlite_engine(parsed)
     if parsed.get_backend_name() == "postgresql":
-        return sa.create_engine(parsed, pool_pre_ping=True)
+        bounded = {name: value for name, value in _PATIENCE.items() if name not in parsed.query}
+        return sa.create_engine(parsed, pool_pre_ping=True, connect_args=bounded)
     raise ConfigError(
         f"catalog URL {parsed.render_as_string(hide_password=True)!r} names neither SQLite nor PostgreSQL",
         "set LWD_CATALOG to sqlite:///path or postgresql+psycopg://user@host/database",
@@ -76,7 +89,23 @@ def lock_writers(connection: sa.Connection) -> None:
     Gapless versions, the order of the outbox and the fencing of leases rest on it.
     """
     if connection.dialect.name == "postgresql":
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+        connection.execute(sa.select(*_limits(), sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+
+
+def limit_locks(connection: sa.Connection) -> None:
+    """Have the transaction wait for a lock no longer than SQLite would, and hold none while its process stands still.
+
+    Without it a process stopped between two statements (SIGSTOP, a machine that sleeps) keeps every writer out for as
+    long as it likes; the server ends its transaction instead, and what it does when it goes on is refused.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(*_limits()))
+
+
+def _limits() -> list[sa.ColumnElement[str]]:
+    limit = f"{int(BUSY_S * 1000)}ms"
+    names = ("lock_timeout", "idle_in_transaction_session_timeout")
+    return [sa.func.set_config(name, limit, sa.true()) for name in names]
 
 
 def now(connection: sa.Connection) -> float:
@@ -121,13 +150,20 @@ def append_only_ddl(dialect: str, table: str) -> Sequence[str]:
     )
 
 
+def remove_append_only_ddl(dialect: str, table: str) -> Sequence[str]:
+    """Statements for after the table was dropped: its triggers went with it, a function does not."""
+    return (f"DROP FUNCTION {table}_append_only()",) if dialect == "postgresql" else ()
+
+
 def explain(error: sa.exc.DBAPIError, url: sa.URL) -> LwdError | None:
     """The actionable error behind a driver's, or None where it is a mistake in the code."""
-    if not isinstance(error, sa.exc.OperationalError):
-        return None
     where = url.database if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
-    text = str(error.orig)
+    text = str(error.orig).strip()
     state = getattr(error.orig, "sqlstate", None)
+    if state in _NO_TABLE:
+        return ConfigError(f"catalog {where}: {text}", "create or upgrade it with `lwd migrate`")
+    if not isinstance(error, sa.exc.OperationalError) and not error.connection_invalidated:
+        return None
     full = "disk is full" in text or state == "53100"
     if not full and "disk I/O error" in text and url.database is not None:
         full = shutil.disk_usage(Path(url.database).parent).free < _NEARLY_FULL
@@ -137,4 +173,6 @@ def explain(error: sa.exc.DBAPIError, url: sa.URL) -> LwdError | None:
         return ConfigError(
             f"catalog {where}: {text}", "create or upgrade it with Catalog.migrate(), in a writable folder"
         )
+    if state in _REFUSED or _REFUSED_TEXT.search(text):
+        return ConfigError(f"catalog {where}: {text}", "correct the user, password and database of LWD_CATALOG")
     return UnavailableError(f"catalog {where}: {text}", "see that it is up and not held by a stuck process, then retry")

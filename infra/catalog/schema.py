@@ -16,6 +16,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 metadata = MetaData(
@@ -61,6 +62,7 @@ outbox = Table(
     Column("trace_id", String(64), nullable=False),
     Column("created_at", Double, nullable=False),
     Column("sent_at", Double),  # set by a relay to a broker; unused while the outbox itself is the log
+    Index("ix_outbox_unsent", "seq", postgresql_where=text("sent_at IS NULL"), sqlite_where=text("sent_at IS NULL")),
     sqlite_autoincrement=True,
 )
 
@@ -70,6 +72,17 @@ consumer_offsets = Table(
     Column("consumer", String(64), primary_key=True),
     Column("partition", Integer, primary_key=True),
     Column("position", BigInteger, nullable=False),  # the last offset whose effects are committed
+)
+
+dead_letters = Table(  # records of the log that are no events: settled by keeping them
+    "dead_letters",
+    metadata,
+    Column("log", String(255), primary_key=True),
+    Column("partition", Integer, primary_key=True),
+    Column("position", BigInteger, primary_key=True),
+    Column("payload", Text, nullable=False),  # at most 4 KiB
+    Column("reason", Text, nullable=False),
+    Column("created_at", Double, nullable=False),
 )
 
 # --- snapshots: the pointer is the highest version, so it cannot disagree with the rows -------------------------------
@@ -135,6 +148,26 @@ revocations = Table(
     Column("created_at", Double, nullable=False),
 )
 
+pins = Table(  # versions that somebody still reads: what they hold is not collected
+    "pins",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("updated_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+)
+
+collections = Table(  # garbage collections: below the highest floor, snapshots may have lost objects
+    "collections",
+    metadata,
+    Column("id", Sequence64, primary_key=True, autoincrement=True),
+    Column("floor", Integer, nullable=False),
+    Column("objects", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
 leases = Table(
     "leases",
     metadata,
@@ -196,6 +229,19 @@ promotions = Table(  # append-only: the database refuses updates and deletes
     Column("artifact_sha256", String(64), nullable=False, server_default=""),  # what an approval binds to
     Column("created_at", Double, nullable=False),
     sqlite_autoincrement=True,
+)
+
+robot_tokens = Table(  # what a robot shows to the ingest service; the token itself is nowhere
+    "robot_tokens",
+    metadata,
+    Column("token_id", String(16), primary_key=True),
+    Column("robot_id", String(64), nullable=False, index=True),
+    Column("cohort", String(32), nullable=False),
+    Column("sha256", String(64), nullable=False),  # of the secret part
+    Column("actor", String(64), nullable=False),  # who enrolled the robot
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("revoked_at", Double),
 )
 
 robots = Table(

@@ -1,4 +1,4 @@
-"""Opening the catalog, bringing its schema up to date, and its two kinds of transaction."""
+"""Opening the catalog, bringing its schema up to date, and its kinds of transaction."""
 
 from __future__ import annotations
 
@@ -49,6 +49,21 @@ class Catalog:
             yield connection
 
     @contextmanager
+    def begin_rows(self) -> Iterator[sa.Connection]:
+        """A write transaction that holds only the rows it locks (`SELECT … FOR UPDATE SKIP LOCKED`): writers go on.
+
+        For work on rows that nobody else changes, which may wait for another server up to half a minute: the relay's.
+        Nothing may rest on its order against other transactions: no versions, no leases, no outbox entries. On SQLite,
+        which has no row locks, it is `begin()`.
+
+        Raises:
+            StorageFullError, UnavailableError: as `begin`.
+        """
+        with self._explained(), self._writer.begin() as connection:
+            dialect.limit_locks(connection)
+            yield connection
+
+    @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A read transaction that sees one state throughout and blocks no writer."""
         with self._explained(), self._reader.connect() as connection, connection.begin() as transaction:
@@ -63,11 +78,15 @@ class Catalog:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
+    def revision(self) -> str | None:
+        """Of the tables; None where there are none yet."""
+        with self.read() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
+
     def check(self) -> None:
         """Raise ConfigError unless the tables are those of this version."""
         head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
-        with self.read() as connection:
-            current = MigrationContext.configure(connection).get_current_revision()
+        current = self.revision()
         if current != head:
             name = self.engine.url.render_as_string(hide_password=True)
             raise ConfigError(f"catalog {name} has schema {current}, this version needs {head}", "run `lwd migrate`")

@@ -9,37 +9,31 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from infra.edge.framelog import EpisodeEnd, EpisodeStart, Frame
+from infra.edge.server import MAX_BATCH, Status, Upload
 from infra.edge.spool import ClosedEpisode, Spool
 from infra.episode import SCHEMA_VERSION, Outcome, Source, new_episode_id
-from infra.errors import ConflictError, LwdError, StorageFullError
+from infra.errors import ConflictError, LwdError, StorageFullError, UnavailableError
+from infra.tracing import traceparent
 
-Status = Literal["unknown", "committed", "snapshot", "quarantined"]
+BATCH_EPISODES, BATCH_BYTES = 16, 64 * 2**20  # of one submission; one larger episode goes alone
 
 
 class IngestPort(Protocol):
-    """What a robot may ask of the ingest service."""
+    """What the client asks of the server, for its robot; the part of `infra.edge.server.RobotServer` that it needs."""
 
-    def submit(
-        self,
-        robot_id: str,
-        episode_id: str,
-        data: bytes,
-        sha256: str,
-        size: int,
-        meta: Mapping[str, object] | None = None,
-    ) -> object:
-        """Upload one episode; returning means it is committed. Repeating it changes nothing."""
+    def statuses(self, episodes: Sequence[tuple[str, str]]) -> list[Status]:
+        """Where the server holds the episodes with these (id, sha256); at most `MAX_BATCH`."""
 
-    def status(self, episode_id: str, sha256: str | None = None) -> Status:
-        """Where the server holds the episode with these bytes."""
+    def submit_many(self, uploads: Sequence[Upload]) -> list[Status | LwdError]:
+        """Hand in several; a status means committed. Repeating it changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class EdgeClient:
     Args:
         robot_id: this robot's name, as the server knows it.
         spool: its spool.
-        ingest: the service, embedded or remote.
+        ingest: the server's port for this robot, embedded or remote.
         poll_s: pause between two passes of the background thread, seconds.
         on_event: called with a word and its fields for each episode sent, confirmed, or failed; from the thread too.
     """
@@ -143,34 +137,74 @@ class EdgeClient:
     def sync(self) -> SyncReport:
         """One pass: send what the server lacks, delete what a snapshot or the quarantine holds.
 
-        A failure of one episode leaves it in the spool for the next pass and does not stop the others.
+        A failure of one episode leaves it in the spool for the next pass and does not stop the others; a server that is
+        away ends the pass.
         """
-        sent = confirmed = waiting = failed = 0
+        counts = dict.fromkeys(("sent", "confirmed", "waiting", "failed"), 0)
         with self._syncing:
-            for closed in self.spool.pending():
+            pending = self.spool.pending()
+            for start in range(0, len(pending), MAX_BATCH):
+                group = pending[start : start + MAX_BATCH]
                 try:
-                    status = self._ingest.status(closed.episode_id, closed.sha256)
+                    statuses = self._ingest.statuses([(closed.episode_id, closed.sha256) for closed in group])
+                except LwdError as error:
+                    left = len(pending) - start
+                    counts["failed"] += left
+                    self._on_event("trouble", {"episodes": left, "problem": error.problem})
+                    break
+                lacking = []
+                for closed, status in zip(group, statuses, strict=True):
                     if status == "unknown":
-                        data = self.spool.read(closed)
-                        meta = {"produced_at": closed.path.stat().st_mtime, "schema_version": SCHEMA_VERSION}
-                        self._ingest.submit(self.robot_id, closed.episode_id, data, closed.sha256, closed.size, meta)
-                        sent += 1
-                        self._on_event("sent", {"episode_id": closed.episode_id, "bytes": closed.size})
-                    elif status in ("snapshot", "quarantined"):
-                        self.spool.confirm(closed)
-                        confirmed += 1
-                        self._on_event("confirmed", {"episode_id": closed.episode_id, "as": status})
+                        lacking.append(closed)
                     else:
-                        waiting += 1
-                except ConflictError as error:
-                    # The server has other bytes under this id; the file stays for a person.
-                    self.spool.set_aside(closed, error.problem)
-                    self._report(closed, error)
-                    failed += 1
+                        counts[self._settle(closed, status)] += 1
+                if not self._send(lacking, counts):
+                    break
+        return SyncReport(**counts)
+
+    def _settle(self, closed: ClosedEpisode, status: Status) -> str:
+        """Delete an episode that the server holds for good; what became of it."""
+        if status == "committed":
+            return "waiting"
+        try:
+            self.spool.confirm(closed)
+        except OSError as error:
+            self._report(closed, error)
+            return "failed"
+        self._on_event("confirmed", {"episode_id": closed.episode_id, "as": status})
+        return "confirmed"
+
+    def _send(self, lacking: Sequence[ClosedEpisode], counts: dict[str, int]) -> bool:
+        """Hand episodes in, batch by batch; whether the server is there for more."""
+        for batch in _batches(lacking):
+            uploads = {}
+            for closed in batch:
+                try:
+                    self.spool.read(closed)  # what rotted on this disk is set aside
+                    uploads[closed] = _upload(closed)
                 except (LwdError, OSError) as error:
                     self._report(closed, error)
-                    failed += 1
-        return SyncReport(sent, confirmed, waiting, failed)
+                    counts["failed"] += 1
+            if not uploads:
+                continue
+            outcomes: Sequence[Status | LwdError]
+            try:
+                outcomes = self._ingest.submit_many(list(uploads.values()))
+            except LwdError as error:
+                outcomes = [error] * len(uploads)
+            for closed, outcome in zip(uploads, outcomes, strict=True):
+                if not isinstance(outcome, LwdError):
+                    counts["sent"] += 1
+                    self._on_event("sent", {"episode_id": closed.episode_id, "bytes": closed.size})
+                    continue
+                counts["failed"] += 1
+                if isinstance(outcome, ConflictError):
+                    # The server has other bytes under this id; the file stays for a person.
+                    self.spool.set_aside(closed, outcome.problem)
+                self._report(closed, outcome)
+            if all(isinstance(outcome, UnavailableError | StorageFullError) for outcome in outcomes):
+                return False
+        return True
 
     def drain(self, timeout_s: float) -> int:
         """Sync until the spool is empty or `timeout_s` has passed; returns how many episodes still wait."""
@@ -186,7 +220,7 @@ class EdgeClient:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the background thread after the episode that it is sending."""
+        """End the background thread after the pass over the spool that it is at."""
         self._stop.set()
         self._wake.set()
         if self._thread is not None:
@@ -211,3 +245,26 @@ class EdgeClient:
     def _report(self, closed: ClosedEpisode, error: Exception) -> None:
         problem = error.problem if isinstance(error, LwdError) else str(error)
         self._on_event("trouble", {"episode_id": closed.episode_id, "problem": problem})
+
+
+def _upload(closed: ClosedEpisode) -> Upload:
+    meta = {
+        "produced_at": closed.path.stat().st_mtime,
+        "schema_version": SCHEMA_VERSION,
+        "trace_id": traceparent(closed.episode_id),
+    }
+    return Upload(closed.episode_id, closed.sha256, closed.size, closed.path, meta)
+
+
+def _batches(episodes: Sequence[ClosedEpisode]) -> Iterator[list[ClosedEpisode]]:
+    """In order, as many at once as a submission may have."""
+    batch: list[ClosedEpisode] = []
+    total = 0
+    for closed in episodes:
+        if batch and (len(batch) == BATCH_EPISODES or total + closed.size > BATCH_BYTES):
+            yield batch
+            batch, total = [], 0
+        batch.append(closed)
+        total += closed.size
+    if batch:
+        yield batch

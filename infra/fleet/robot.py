@@ -2,7 +2,10 @@
 
 The loop: take the newest approved policy at the episode boundary, run an episode, record it frame by frame in the
 spool, let the client's thread send it. SIGTERM ends it at the next boundary; SIGKILL at any moment loses at most the
-unfinished attempt. Nothing here imports torch.
+unfinished attempt. A robot whose server is away goes on with the policy that it has, until its spool is full.
+
+With `ingest_url` set, all that it needs is that URL, `robot_token` and the trusted keys below its home; otherwise
+catalog and store are at hand. Nothing here imports torch, and the remote robot no database driver either.
 """
 
 from __future__ import annotations
@@ -22,30 +25,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sqlalchemy as sa
 
-from infra.catalog import Catalog, dialect, schema
 from infra.edge.client import EdgeClient
 from infra.edge.framelog import Frame
 from infra.edge.inference import load_policy
+from infra.edge.server import RobotServer
 from infra.edge.spool import Spool
 from infra.episode import Outcome
-from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError, UntrustedPolicyError
+from infra.errors import ConfigError, LwdError, StorageFullError
 from infra.files import write_durably
+from infra.fleet.contact import Contact
+from infra.fleet.contact import say as _say
 from infra.fleet.operator import Operator, TakeoverOperator
 from infra.fleet.rollout import ActionPolicy, Job, generator
 from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD, SceneEnv
 from infra.fleet.tasks import task
-from infra.ingest import Ingest
-from infra.objects import DirectoryStore
-from infra.policy.channel import CatalogPolicySource
 from infra.policy.keys import load_trusted
 from infra.policy.subscriber import ActivePolicy, PolicySubscriber
 from infra.process import die_with_parent, log_to, stop_on_signal
 from infra.settings import MIB, Settings, load_settings
-
-_HEARTBEAT_S = 1.0  # an idle robot says so at least this often
-_log = logging.getLogger("lwd.robot")
 
 
 @dataclass(frozen=True)
@@ -98,27 +96,20 @@ class Robot:
         self._stop = stop
         self._home = settings.robots_dir / config.robot_id
         self._home.mkdir(parents=True, exist_ok=True)
-        self._catalog = Catalog(settings.catalog_url)
-        self._catalog.check()
-        objects = DirectoryStore(settings.objects_dir)
+        self._server = connect(config, settings)
         spool = Spool(settings.spool_dir / config.robot_id, max_bytes=settings.spool_max_mib * MIB)
         for closed in spool.recovered:
             _say("recovered", episode_id=closed.episode_id)
-        self.client = EdgeClient(
-            config.robot_id, spool, Ingest(self._catalog, objects), poll_s=settings.poll_s, on_event=_event
-        )
-        source = CatalogPolicySource(self._catalog, objects)
+        self.client = EdgeClient(config.robot_id, spool, self._server, poll_s=settings.poll_s, on_event=_event)
         self.subscriber = PolicySubscriber(
-            self._home / "policy", config.cohort, source, load_trusted(settings.keys_dir)
+            self._home / "policy", config.cohort, self._server, load_trusted(settings.keys_dir)
         )
+        self._contact = Contact(self._server, self.subscriber, spool, config.tasks, settings.poll_s)
         self._env = make_env()
         self._operator: Operator | None = TakeoverOperator(config.operator) if config.operator > 0 else None
         self._policy: ActionPolicy | None = None
         self._unusable: Path | None = None
-        self._told: tuple[object, ...] = ()
-        self._told_at = 0.0
         self._started, self._closed = self._read_progress()
-        self._refusal = ""
 
     def run(self) -> int:
         """The loop; returns how many episodes this robot has closed in all its lives."""
@@ -134,54 +125,45 @@ class Robot:
                 except StorageFullError as error:  # safe stop: nothing is recorded until there is room again
                     _say("stopped: full", logging.ERROR, problem=error.problem)
                     self._stop.wait(max(self._settings.poll_s, 1.0))
-                except UnavailableError as error:
-                    _say("waiting", logging.WARNING, problem=error.problem)
-                    self._stop.wait(max(self._settings.poll_s, 1.0))
         finally:
             self.client.stop()
             try:
                 left = self.client.drain(self.config.drain_s)
-                self._heartbeat()
+                self._contact.heartbeat(self._closed, ended=True)
                 _say("ended", closed=self._closed, unconfirmed=left)
             except LwdError as error:  # what is not sent stays in the spool for the next life
                 _say("ended", logging.WARNING, closed=self._closed, problem=error.problem)
             self._env.close()
             self.client.spool.release()
-            self._catalog.close()
+            self._server.close()
         return self._closed
 
     def _boundary(self) -> None:
-        """Between episodes: take the newest approved policy, tell the catalog that this robot lives."""
-        try:
-            self.subscriber.poll()
-            if self._unusable is None:
-                self._refusal = ""
-        except UntrustedPolicyError as error:
-            if error.problem != self._refusal:  # once for each, not at every boundary
-                self._refusal = error.problem
-                _say("policy refused", logging.ERROR, problem=error.problem)
+        """Between episodes: take the newest approved policy, tell the server that this robot lives."""
+        had = self._policy is not None  # a first policy was not waited for
+        self._contact.poll(waited_for=had, keep_refusal=self._unusable is not None)
         staged, active = self.subscriber.staged, self.subscriber.active
         if staged is not None and staged.bundle != self._unusable:
             if self._load(staged):
                 self.subscriber.activate_at_boundary()
-                self._unusable, self._refusal = None, ""
+                self._unusable, self._contact.refusal = None, ""
+                if had:
+                    self._contact.measure("publish_to_active_s", staged)
             else:
                 self._unusable = staged.bundle
         if self._policy is None and active is not None and active.bundle != self._unusable and not self._load(active):
             self._unusable = active.bundle
-        self._heartbeat()
+        self._contact.heartbeat(self._closed)
 
     def _load(self, candidate: ActivePolicy) -> bool:
         """Make a verified policy the one that acts; False if it is not for this robot: what acted before goes on."""
         try:
             policy = load_policy(candidate.bundle, version=candidate.version)
         except LwdError as error:
-            self._refusal = error.problem
-            _say("policy refused", logging.ERROR, problem=error.problem)
+            self._contact.refuse(error)
             return False
-        first, self._policy = self._policy is None, policy
+        self._policy = policy
         _say("policy", version=candidate.version)
-        self._measure(candidate, first)
         return True
 
     def _episode(self, policy: ActionPolicy) -> None:
@@ -229,34 +211,6 @@ class Robot:
         _say("episode", episode_id=episode_id, task=key, outcome=outcome, steps=steps, takeover=takeover,
              policy=policy.version, closed=self._closed)  # fmt: skip
 
-    def _heartbeat(self) -> None:
-        active, staged = self.subscriber.active, self.subscriber.staged
-        told = (active, staged, self._closed, self._refusal)
-        if told == self._told and time.monotonic() - self._told_at < _HEARTBEAT_S:
-            return
-        self._told, self._told_at = told, time.monotonic()
-        with self._catalog.begin() as connection:
-            row = {
-                "robot_id": self.config.robot_id,
-                "cohort": self.config.cohort,
-                "active_version": active.version if active else None,
-                "staged_version": staged.version if staged else None,
-                "last_seen": dialect.now(connection),
-                "episodes": self._closed,
-                "details": {"pid": os.getpid(), "tasks": list(self.config.tasks), "refused": self._refusal or None},
-            }
-            dialect.upsert(connection, schema.robots, row)
-
-    def _measure(self, active: ActivePolicy, first: bool) -> None:
-        """How long the announcement took to become the running policy; a first policy was not waited for."""
-        if first:
-            return
-        with self._catalog.begin() as connection:
-            at = dialect.now(connection)
-            row = {"name": "publish_to_active_s", "subject": self.config.robot_id, "version": active.version,
-                   "value": at - active.announced_at, "at": at}  # fmt: skip
-            connection.execute(sa.insert(schema.measurements).values(row))
-
     def _read_progress(self) -> tuple[int, int]:
         path = self._home / "progress.json"
         if not path.exists():
@@ -270,6 +224,21 @@ class Robot:
     def _write_progress(self) -> None:
         document = {"started": self._started, "closed": self._closed}
         write_durably(self._home / "progress.json", json.dumps(document).encode())
+
+
+def connect(config: RobotConfig, settings: Settings) -> RobotServer:
+    """The robot's server: the service at `ingest_url`, or the catalog and the store themselves.
+
+    Raises:
+        ConfigError: a setting is missing, or the catalog is not of this version.
+    """
+    if settings.ingest_url is not None:
+        from infra.edge.remote import RemoteServer
+
+        return RemoteServer.from_settings(settings, config.robot_id, config.cohort)
+    from infra.fleet.embedded import EmbeddedServer
+
+    return EmbeddedServer.open(settings, config.robot_id, config.cohort)
 
 
 def robot_command(home: Path, config: RobotConfig) -> list[str]:
@@ -298,10 +267,6 @@ def spawn_robot(home: Path, config: RobotConfig) -> subprocess.Popen[bytes]:
 def _seed(config: RobotConfig, number: int) -> int:
     mixed = np.random.SeedSequence([config.seed, zlib.crc32(config.robot_id.encode()), number])
     return int(mixed.generate_state(1)[0])
-
-
-def _say(message: str, level: int = logging.INFO, **fields: Any) -> None:
-    _log.log(level, message, extra={"fields": fields})
 
 
 def _event(event: str, fields: dict[str, Any]) -> None:

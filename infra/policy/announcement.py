@@ -40,3 +40,8 @@ class Announcement:
 def bundle_prefix(manifest_sha256: str) -> str:
     """Where a policy's objects lie in the store: content-addressed, so that no later publish can change them."""
     return f"policies/{manifest_sha256}"
+
+
+def base_key(sha256: str) -> str:
+    """Where the base that policies are bound to lies: once for all of them."""
+    return f"policies/bases/{sha256}/base.safetensors"

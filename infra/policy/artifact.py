@@ -3,6 +3,9 @@
 The learner exports a bundle (`policy.safetensors`, `architecture.json`; never a pickle). `seal` adds
 `manifest.json`, which names every file's sha256 and where the policy comes from, and `manifest.sig`, an ed25519
 signature over the manifest's canonical JSON. `verify` believes nothing that these two do not cover.
+
+A large policy travels as its action expert alone: its manifest then names the *base*, the frozen rest, by digest. The
+base is stored and fetched once (`infra.policy.bases`) and stands in the folder as `base.safetensors`.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from infra.files import write_durably
 from infra.policy.keys import Signer, TrustStore, canonical_json
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
-WEIGHTS, ARCHITECTURE = "policy.safetensors", "architecture.json"
+WEIGHTS, ARCHITECTURE, BASE = "policy.safetensors", "architecture.json", "base.safetensors"
 COHORTS = ("learning", "canary", "production")
 
 _FILE_NAME = re.compile(r"^[a-z0-9_]+\.(safetensors|json)$")
+_SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _MAX_FILE_BYTES = 8 * 2**30
+_MAX_BASE_BYTES = 64 * 2**30
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,15 @@ class FileEntry:
 
     sha256: str
     size: int
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    """The base that a policy is bound to; `name` is always `base.safetensors`."""
+
+    sha256: str
+    size: int
+    name: str = BASE
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Manifest:
         normaliser_sha256: of the normaliser's statistics, None where the bundle has none.
         files: every file of the bundle by name.
         created_at: seconds since the epoch; for people, never compared.
+        base: what the weights complete; None where they are the whole policy.
     """
 
     version: int
@@ -58,10 +73,14 @@ class Manifest:
     normaliser_sha256: str | None
     files: dict[str, FileEntry]
     created_at: float
+    base: BaseEntry | None = None
 
     def document(self) -> dict[str, Any]:
-        """As the JSON document that is signed."""
-        return {"type": "lwd-policy-manifest", **asdict(self)}
+        """As the JSON document that is signed; without a base, the one that was signed before there were bases."""
+        fields = asdict(self)
+        if self.base is None:
+            del fields["base"]
+        return {"type": "lwd-policy-manifest", **fields}
 
     @property
     def digest(self) -> str:
@@ -73,7 +92,7 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            UntrustedPolicyError: it is not one, or names a file that no bundle may hold.
+            UntrustedPolicyError: it is not one, or names a file or a base that no bundle may hold.
         """
         fix = "publish the policy again; it was not used"
         try:
@@ -81,12 +100,20 @@ class Manifest:
             if document.pop("type") != "lwd-policy-manifest":
                 raise ValueError("type is not lwd-policy-manifest")
             files = {key: FileEntry(str(v["sha256"]), int(v["size"])) for key, v in document.pop("files").items()}
-            manifest = cls(files=files, **document)
+            base = document.pop("base", None)
+            if base is not None:
+                base = BaseEntry(str(base["sha256"]), int(base["size"]), str(base["name"]))
+            manifest = cls(files=files, base=base, **document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UntrustedPolicyError(f"{name} is not a policy manifest ({error})", fix) from error
         for key, entry in files.items():
-            if not _FILE_NAME.match(key) or key == MANIFEST or not 0 <= entry.size <= _MAX_FILE_BYTES:
+            if not _FILE_NAME.match(key) or key in (MANIFEST, BASE) or not 0 <= entry.size <= _MAX_FILE_BYTES:
                 raise UntrustedPolicyError(f"{name} names the file {key!r} of {entry.size} bytes", fix)
+        # The digest becomes a file name and an object's key: nothing but hex digits.
+        if base is not None and not (
+            base.name == BASE and _SHA256.match(base.sha256) and 0 < base.size <= _MAX_BASE_BYTES
+        ):
+            raise UntrustedPolicyError(f"{name} names the base {base.name!r} {base.sha256!r}, {base.size} bytes", fix)
         return manifest
 
 
@@ -99,17 +126,27 @@ def seal(
     snapshot_version: int,
     cohort: str,
     normaliser_sha256: str | None = None,
+    base: FileEntry | None = None,
 ) -> Manifest:
     """Write and sign the manifest of a bundle in place; a manifest that was there is replaced.
 
+    Args:
+        base: the base that the weights complete. It is not part of the bundle; where it lies in the folder all the
+            same, as in one that was fetched, it must be this one.
+
     Raises:
-        ConfigError: the bundle lacks its weights or architecture, holds a foreign file, or the cohort is unknown.
+        ConfigError: the bundle lacks its weights or architecture, holds a foreign file or another base, or the cohort
+            is unknown.
     """
     if cohort not in COHORTS:
         raise ConfigError(f"unknown cohort {cohort!r}", f"use one of {', '.join(COHORTS)}")
     files = {}
     for path in sorted(bundle.iterdir()):
         if path.name in (MANIFEST, SIGNATURE):
+            continue
+        if path.name == BASE:
+            if base is None or base != FileEntry(file_sha256(path), path.stat().st_size):
+                raise ConfigError(f"{path} is not the base of this policy", "publish it with base=, or remove it there")
             continue
         if not _FILE_NAME.match(path.name) or not path.is_file():
             raise ConfigError(f"{path} has no place in a policy bundle", "keep only .safetensors and .json files there")
@@ -126,6 +163,7 @@ def seal(
         normaliser_sha256=normaliser_sha256,
         files=files,
         created_at=round(time.time(), 3),
+        base=None if base is None else BaseEntry(base.sha256, base.size),
     )
     document = manifest.document()
     write_durably(bundle / MANIFEST, canonical_json(document))
@@ -149,8 +187,12 @@ def read_signed_manifest(bundle: Path, trust: TrustStore) -> Manifest:
     return manifest
 
 
-def verify(bundle: Path, trust: TrustStore) -> Manifest:
-    """The manifest of a bundle, once signature, file list and every digest hold.
+def verify(bundle: Path, trust: TrustStore, *, known_base: Path | None = None) -> Manifest:
+    """The manifest of a bundle, once signature, file list and every digest hold, the base's among them.
+
+    Args:
+        known_base: a base whose digest the caller has checked; where the bundle's is this very file (a hard link),
+            it is not hashed again.
 
     Raises:
         UntrustedPolicyError: anything is missing, truncated, changed or one too many; the message names it.
@@ -158,14 +200,19 @@ def verify(bundle: Path, trust: TrustStore) -> Manifest:
     manifest = read_signed_manifest(bundle, trust)
     fix = "publish the policy again; the last policy that was good stays in use"
     present = {path.name for path in bundle.iterdir()} - {MANIFEST, SIGNATURE}
-    if present != manifest.files.keys():
-        names = ", ".join(sorted(present ^ manifest.files.keys()))
+    expected: dict[str, FileEntry | BaseEntry] = {**manifest.files}
+    if manifest.base is not None:
+        expected[BASE] = manifest.base
+    if present != expected.keys():
+        names = ", ".join(sorted(present ^ expected.keys()))
         raise UntrustedPolicyError(f"policy {manifest.version}: missing or foreign files: {names}", fix)
-    for name, entry in manifest.files.items():
+    for name, entry in expected.items():
         path = bundle / name
-        if path.stat().st_size != entry.size:
-            size = path.stat().st_size
+        size = path.stat().st_size
+        if size != entry.size:
             raise UntrustedPolicyError(f"policy {manifest.version}: {name} has {size} bytes, not {entry.size}", fix)
+        if name == BASE and known_base is not None and path.samefile(known_base):
+            continue
         if file_sha256(path) != entry.sha256:
             raise UntrustedPolicyError(f"policy {manifest.version}: {name} differs from its sha256", fix)
     for needed in (WEIGHTS, ARCHITECTURE):

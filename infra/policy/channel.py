@@ -1,5 +1,7 @@
 """Publishing policies: objects first, then the row and its announcement in one transaction.
 
+Online, a large policy's bundle holds the action expert alone; its base is stored once, beside the bundles.
+
 A robot reads announcements through a `PolicySource`; `CatalogPolicySource` is the one of the local profile, where
 robots share the machine with the catalog.
 """
@@ -18,8 +20,9 @@ from infra.catalog.dialect import now
 from infra.crashpoints import crashpoint
 from infra.errors import ConfigError, UnavailableError
 from infra.objects import ObjectStore
-from infra.policy.announcement import Announcement, Kind, bundle_prefix
-from infra.policy.artifact import ARCHITECTURE, MANIFEST, SIGNATURE, Manifest, seal
+from infra.policy.announcement import Announcement, Kind, base_key, bundle_prefix
+from infra.policy.artifact import ARCHITECTURE, MANIFEST, SIGNATURE, FileEntry, Manifest, file_sha256, seal
+from infra.policy.bases import BaseCache
 from infra.policy.keys import Signer
 
 _TRIES = 20
@@ -58,6 +61,7 @@ class PolicyPublisher:
         self._catalog = catalog
         self._objects = objects
         self._signer = signer
+        self._hashed: dict[tuple[Path, int, int], FileEntry] = {}
 
     def publish(
         self,
@@ -68,6 +72,7 @@ class PolicyPublisher:
         cohort: str | None = "learning",
         proposer: str = "learner",
         details: dict[str, Any] | None = None,
+        base: Path | None = None,
     ) -> int:
         """Seal, upload and announce a bundle; returns its version.
 
@@ -80,12 +85,14 @@ class PolicyPublisher:
             parent: version that it was trained on from.
             cohort: robots that follow it at once; None registers it without an announcement.
             details: JSON values kept with the policy (losses, updates), for people.
+            base: the frozen weights that the bundle's complete, a safetensors file outside it; uploaded once.
 
         Raises:
-            ConfigError: the bundle is incomplete, or the cohort is unknown.
+            ConfigError: the bundle is incomplete, the base is not there, or the cohort is unknown.
             UnavailableError: other publishers took every version that was tried.
         """
         normaliser = _normaliser_sha256(bundle)
+        bound = None if base is None else self._store_base(base)
         for _ in range(_TRIES):
             version = self._next_version()
             manifest = seal(
@@ -96,6 +103,7 @@ class PolicyPublisher:
                 snapshot_version=snapshot_version,
                 cohort=cohort or "learning",
                 normaliser_sha256=normaliser,
+                base=bound,
             )
             prefix = bundle_prefix(manifest.digest)
             for name in (*manifest.files, SIGNATURE, MANIFEST):  # the manifest last: it says that the rest is there
@@ -105,6 +113,23 @@ class PolicyPublisher:
                 crashpoint("policy.announced")
                 return version
         raise UnavailableError(f"{_TRIES} versions were taken by other publishers", "run one learner per deployment")
+
+    def _store_base(self, base: Path) -> FileEntry:
+        """Upload a base unless the store holds it whole; a file that does not change is hashed once."""
+        try:
+            stat = base.stat()
+        except OSError as error:
+            raise ConfigError(f"base {base} cannot be read ({error.strerror})", "give the base's file") from error
+        known = (base, stat.st_size, stat.st_mtime_ns)
+        if known not in self._hashed:
+            self._hashed[known] = FileEntry(file_sha256(base), stat.st_size)
+        entry = self._hashed[known]
+        key = base_key(entry.sha256)
+        # The size too: one that a store kept in part is written again.
+        if entry.size not in (info.size for info in self._objects.list(key.rpartition("/")[0])):
+            self._objects.put(key, base)
+            crashpoint("policy.base_stored")
+        return entry
 
     def _next_version(self) -> int:
         with self._catalog.read() as connection:
@@ -162,10 +187,13 @@ class CatalogPolicySource:
 
 
 def fetch_bundle(objects: ObjectStore, catalog: Catalog, version: int, target: Path) -> Path:
-    """Copy a published policy's files from the store into the folder `target`, for evaluation.
+    """Copy a published policy's files, its base among them, from the store into the folder `target`, for evaluation.
+
+    Bases are kept in a folder `bases` beside `target`, for the next one.
 
     Raises:
         ConfigError: there is no such version.
+        UntrustedPolicyError: its base is not the one that its manifest names.
     """
     with catalog.read() as connection:
         row = connection.execute(
@@ -177,6 +205,10 @@ def fetch_bundle(objects: ObjectStore, catalog: Catalog, version: int, target: P
     manifest = Manifest.parse(objects.get(f"{row.bundle_key}/{MANIFEST}"), f"policy {version}")
     for name in (*manifest.files, SIGNATURE, MANIFEST):
         (target / name).write_bytes(objects.get(f"{row.bundle_key}/{name}"))
+    if manifest.base is not None:
+        bases = BaseCache(target.parent / "bases")
+        bases.ensure(manifest.base, CatalogPolicySource(catalog, objects))
+        bases.link(manifest.base, target)
     return target
 
 

@@ -1,7 +1,8 @@
 """Who may sign policies: ed25519 keys on disk, signatures over canonical JSON.
 
 A deployment's `keys/` holds `signing.pem` (the publisher's alone, mode 0600) and `trusted/<key id>.pub`. A robot is
-given the `trusted` folder only; to rotate a key, add the new public key, sign with it, then remove the old one.
+given the `trusted` folder only. Keys overlap: `stage_key` makes the next one and trusts it, `rotate_key` signs with it
+while the old one stays trusted, `retire_key` ends that once nothing that robots run is signed by it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from infra.errors import ConfigError, UntrustedPolicyError
 from infra.files import write_durably
+
+SIGNING, NEXT = "signing.pem", "next.pem"
 
 
 def canonical_json(document: Mapping[str, Any]) -> bytes:
@@ -46,10 +49,16 @@ class Signer:
 
 
 class TrustStore:
-    """The public keys that a robot believes."""
+    """The public keys that a robot believes.
 
-    def __init__(self, keys: Mapping[str, Ed25519PublicKey]) -> None:
+    Args:
+        keys: by key id.
+        folder: where they came from. Keys that are added to it or removed from it count at once, without a restart.
+    """
+
+    def __init__(self, keys: Mapping[str, Ed25519PublicKey], folder: Path | None = None) -> None:
         self._keys = dict(keys)
+        self._folder = folder
 
     def verify(self, document: Mapping[str, Any], signature: str, name: str) -> None:
         """Check the signature of a document, called `name` in errors.
@@ -57,6 +66,7 @@ class TrustStore:
         Raises:
             UntrustedPolicyError: signed by an unknown key, not signed, or changed after it was signed.
         """
+        self._refresh()
         identity, _, encoded = signature.partition(":")
         public = self._keys.get(identity)
         if public is None:
@@ -74,29 +84,78 @@ class TrustStore:
                 f"the signature of {name} does not match its content", "publish it again; it was not used"
             ) from error
 
+    def _refresh(self) -> None:
+        if self._folder is None or {path.stem for path in self._folder.glob("*.pub")} == self._keys.keys():
+            return
+        try:
+            self._keys = _read_trusted(self._folder)
+        except ConfigError as error:  # a robot at work refuses the policy and goes on with the one that it has
+            raise UntrustedPolicyError(error.problem, error.fix) from error
+
 
 def create_keys(keys_dir: Path) -> Signer:
     """The deployment's signing key, made on first use; safe when two processes do so at once."""
-    path = keys_dir / "signing.pem"
+    path = keys_dir / SIGNING
     if not path.exists():
-        (keys_dir / "trusted").mkdir(parents=True, exist_ok=True)
-        pem = Ed25519PrivateKey.generate().private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        fresh = keys_dir / f"signing.{os.getpid()}.new"
-        write_durably(fresh, pem, mode=0o600)
-        try:
-            os.link(fresh, path)  # fails when another process was first: its key counts
-        except FileExistsError:
-            pass
-        finally:
-            fresh.unlink()
-    private = _read_private(path)
-    public = private.public_key()
-    trusted = keys_dir / "trusted" / f"{key_id(public)}.pub"
-    if not trusted.exists():
-        write_durably(trusted, base64.b64encode(public.public_bytes_raw()) + b"\n")
-    return Signer(private)
+        _generate(keys_dir, path)
+    return _trusted(keys_dir, path)
+
+
+def stage_key(keys_dir: Path) -> str:
+    """Make the next signing key, or find the one made before, and trust it; its id.
+
+    Nothing is signed with it yet: there is time to bring `trusted/` to the robots.
+    """
+    load_signer(keys_dir)
+    if not (keys_dir / NEXT).exists():
+        _generate(keys_dir, keys_dir / NEXT)
+    return _trusted(keys_dir, keys_dir / NEXT).key_id
+
+
+def rotate_key(keys_dir: Path) -> tuple[str, str]:
+    """Sign with the staged key from now on, or with a new one where none was staged; ids of the old and the new key.
+
+    The old public key stays trusted; its private half is gone. A process that is running goes on signing with it until
+    it is started again.
+
+    Raises:
+        ConfigError: there is no signing key to replace.
+    """
+    old = load_signer(keys_dir).key_id
+    new = stage_key(keys_dir)  # trusted before the first signature
+    os.replace(keys_dir / NEXT, keys_dir / SIGNING)
+    return old, new
+
+
+def retire_key(keys_dir: Path, identity: str) -> None:
+    """Trust a key no more. The caller has seen to it that nothing in use is signed by it.
+
+    Raises:
+        ConfigError: it is not trusted, or it is the one that signs, now or next.
+    """
+    path = keys_dir / "trusted" / f"{identity}.pub"
+    known = trusted_ids(keys_dir)
+    if identity not in known:
+        raise ConfigError(f"the key {identity} is not trusted", f"trusted are: {', '.join(known)}")
+    for name in (SIGNING, NEXT):
+        if key_at(keys_dir / name) == identity:
+            raise ConfigError(f"{identity} is the key in {keys_dir / name}", "rotate first: `lwd keys rotate`")
+    path.unlink()
+
+
+def trusted_ids(keys_dir: Path) -> list[str]:
+    """Ids of the trusted keys."""
+    return sorted(path.stem for path in (keys_dir / "trusted").glob("*.pub"))
+
+
+def key_at(path: Path) -> str | None:
+    """The id of the private key in a file; None where there is no file."""
+    return Signer(_read_private(path)).key_id if path.exists() else None
+
+
+def signed_by(signature: str) -> str:
+    """The id of the key that a signature says it is of."""
+    return signature.partition(":")[0]
 
 
 def load_signer(keys_dir: Path) -> Signer:
@@ -105,7 +164,7 @@ def load_signer(keys_dir: Path) -> Signer:
     Raises:
         ConfigError: there is none, or it is no ed25519 key.
     """
-    return Signer(_read_private(keys_dir / "signing.pem"))
+    return Signer(_read_private(keys_dir / SIGNING))
 
 
 def load_trusted(keys_dir: Path) -> TrustStore:
@@ -114,8 +173,13 @@ def load_trusted(keys_dir: Path) -> TrustStore:
     Raises:
         ConfigError: there is none, or a file is no ed25519 public key of the name it bears.
     """
+    folder = keys_dir / "trusted"
+    return TrustStore(_read_trusted(folder), folder)
+
+
+def _read_trusted(folder: Path) -> dict[str, Ed25519PublicKey]:
     keys = {}
-    for path in sorted((keys_dir / "trusted").glob("*.pub")):
+    for path in sorted(folder.glob("*.pub")):
         try:
             public = Ed25519PublicKey.from_public_bytes(base64.b64decode(path.read_text(), validate=False))
         except ValueError as error:
@@ -124,8 +188,34 @@ def load_trusted(keys_dir: Path) -> TrustStore:
             raise ConfigError(f"{path} holds the key {key_id(public)}", "name the file by the key's own id")
         keys[path.stem] = public
     if not keys:
-        raise ConfigError(f"no trusted key in {keys_dir / 'trusted'}", "copy keys/trusted from the publisher")
-    return TrustStore(keys)
+        raise ConfigError(f"no trusted key in {folder}", "copy keys/trusted from the publisher")
+    return keys
+
+
+def _generate(keys_dir: Path, path: Path) -> None:
+    """Make a private key at `path`, unless another process is first."""
+    (keys_dir / "trusted").mkdir(parents=True, exist_ok=True)
+    pem = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    fresh = keys_dir / f"{path.stem}.{os.getpid()}.new"
+    write_durably(fresh, pem, mode=0o600)
+    try:
+        os.link(fresh, path)  # fails when another process was first: its key counts
+    except FileExistsError:
+        pass
+    finally:
+        fresh.unlink()
+
+
+def _trusted(keys_dir: Path, path: Path) -> Signer:
+    """The signer of a private key's file, its public half trusted."""
+    private = _read_private(path)
+    public = private.public_key()
+    trusted = keys_dir / "trusted" / f"{key_id(public)}.pub"
+    if not trusted.exists():
+        write_durably(trusted, base64.b64encode(public.public_bytes_raw()) + b"\n")
+    return Signer(private)
 
 
 def _read_private(path: Path) -> Ed25519PrivateKey:

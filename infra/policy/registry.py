@@ -1,7 +1,8 @@
 """Which policy is the champion: aliases, promotion, refusal, rollback. One transaction each, announcement included.
 
 Aliases: `champion` is what production robots run, `canary` the candidate on trial, `previous` what a rollback goes
-back to. Every decision is a row of the append-only `promotions` table.
+back to. Every decision is a row of the append-only `promotions` table; `at_snapshot` in its evidence is the data
+snapshot that was current then, so that what came after it is told by version and not by time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from infra.policy.announcement import Kind
 from infra.policy.card import ModelCard
 from infra.policy.channel import announce
 from infra.policy.keys import Signer
+from infra.snapshots import current
 
 Alias = Literal["champion", "canary", "previous"]
 _FOLLOWERS = ("production", "canary")  # cohorts that run the champion; `canary` runs a candidate while there is one
@@ -61,16 +63,61 @@ class Registry:
             return [dict(row) for row in rows]
 
     def register_candidate(self, version: int, *, proposer: str) -> None:
-        """Put a published policy on trial: alias `canary`, announced to the canary cohort.
+        """Put a published policy on trial: alias `canary`, announced to the canary cohort. Repeated, it does nothing.
 
         Raises:
-            ConfigError: there is no such policy, it was refused, or it is not newer than the champion.
+            ConfigError: there is no such policy, it was refused, it is not newer than the champion, or another one is
+                on trial.
         """
         with self._catalog.begin() as connection:
             policy = self._promotable(connection, version)
+            on_trial = _alias(connection, "canary")
+            if on_trial == version:
+                return
+            if on_trial is not None:
+                raise ConfigError(f"policy {on_trial} is on trial", "end it first: `lwd canary --stop`")
             _point(connection, "canary", version)
             self._record(connection, "canary", policy, _alias(connection, "champion"), {}, proposer, None)
+            crashpoint("registry.candidate_registered")
             self._announce(connection, ("canary",), policy, "publish")
+
+    def end_trial(
+        self,
+        version: int,
+        evidence: Mapping[str, Any],
+        *,
+        decision: Literal["refuse", "withdraw"],
+        proposer: str = "canary",
+    ) -> bool:
+        """Send the canary robots back to the champion; False if `version` is not on trial (any more).
+
+        Args:
+            decision: `refuse` is for good; `withdraw` leaves the policy a candidate.
+        """
+        with self._catalog.begin() as connection:
+            if _alias(connection, "canary") != version:
+                return False
+            if decision == "refuse":
+                _set_status(connection, version, "refused")
+            policy, champion = _policy(connection, version), _alias(connection, "champion")
+            self._record(connection, decision, policy, champion, dict(evidence), proposer, None)
+            self._recall(connection, champion)
+        return True
+
+    def pass_trial(self, version: int, evidence: Mapping[str, Any], *, proposer: str = "canary") -> bool:
+        """Record that a trial went well, once; the policy stays on trial until it is promoted or refused.
+
+        False if `version` is not on trial.
+        """
+        table = schema.promotions
+        with self._catalog.begin() as connection:
+            if _alias(connection, "canary") != version:
+                return False
+            last = sa.select(table.c.decision).where(table.c.version == version).order_by(table.c.id.desc()).limit(1)
+            if connection.execute(last).scalar() != "safe":
+                champion = _alias(connection, "champion")
+                self._record(connection, "safe", _policy(connection, version), champion, dict(evidence), proposer, None)
+        return True
 
     def promote(
         self,
@@ -81,6 +128,7 @@ class Registry:
         approver: str | None = None,
         approved_sha256: str | None = None,
         known_failures: Sequence[str] = (),
+        on_trial: bool = False,
     ) -> ModelCard:
         """Make a policy the champion and announce it to production.
 
@@ -90,10 +138,11 @@ class Registry:
             proposer, approver: who asks and who agrees.
             approved_sha256: manifest digest that the approver looked at; required where approval is.
             known_failures: sentences for the card.
+            on_trial: only if it is the policy on trial.
 
         Raises:
-            ConfigError: no such policy, refused, not newer than the champion, or the approval is missing or the
-                proposer's own.
+            ConfigError: no such policy, refused, not newer than the champion, no longer on trial, or the approval is
+                missing or the proposer's own.
             UntrustedPolicyError: the approval was given to another artifact.
         """
         self._check_approval(version, proposer, approver, approved_sha256)
@@ -104,6 +153,8 @@ class Registry:
                     f"policy {version} has digest {policy.manifest_sha256[:16]}…, approved was {approved_sha256[:16]}…",
                     "look at the policy again and approve the digest that it has",
                 )
+            if on_trial and _alias(connection, "canary") != version:
+                raise ConfigError(f"policy {version} is not on trial", "its trial was ended; see `lwd policies`")
             champion = _alias(connection, "champion")
             card = ModelCard(
                 version=version,
@@ -146,9 +197,7 @@ class Registry:
             _set_status(connection, version, "refused")
             self._record(connection, "refuse", policy, champion, dict(evidence), proposer, None)
             if _alias(connection, "canary") == version:
-                _drop(connection, "canary")
-                if champion is not None:
-                    self._announce(connection, ("canary",), _policy(connection, champion), "rollback")
+                self._recall(connection, champion)
 
     def rollback(self, *, actor: str, reason: str) -> int:
         """Make the previous champion the champion again, by signed rollback; returns its version.
@@ -203,6 +252,13 @@ class Registry:
             )
         return policy
 
+    def _recall(self, connection: sa.Connection, champion: int | None) -> None:
+        """End the trial: the canary cohort runs the champion again, by signed rollback."""
+        _drop(connection, "canary")
+        crashpoint("registry.trial_ended")
+        if champion is not None:
+            self._announce(connection, ("canary",), _policy(connection, champion), "rollback")
+
     def _announce(self, connection: sa.Connection, cohorts: Sequence[str], policy: Any, kind: Kind) -> None:
         for cohort in cohorts:
             if kind == "promote" and cohort == "canary" and _last_announced(connection, cohort) > policy.version:
@@ -231,7 +287,7 @@ class Registry:
                 version=policy.version,
                 from_version=from_version,
                 decision=decision,
-                evidence=evidence,
+                evidence=evidence | {"at_snapshot": current(connection).version},
                 proposer=proposer,
                 approver=approver,
                 artifact_sha256=policy.manifest_sha256,

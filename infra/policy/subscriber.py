@@ -3,13 +3,16 @@
 What a robot has accepted lies in one small file that is replaced atomically, so that a robot killed anywhere comes
 back with the policy it had:
 
-    state.json              cohort, last announcement, policy wanted, active policy, previous policy
+    state.json                    cohort, last announcement, policy wanted, active policy, previous policy
+    state-<cohort>.json           the same of a cohort that the robot was in before, so that its return replays nothing
     bundles/<version>-<digest>/   verified bundles: the active, the previous and a staged one
+    bases/<sha256>.safetensors    what those bundles' weights complete
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -20,7 +23,8 @@ from typing import Protocol
 from infra.errors import CorruptDataError, UntrustedPolicyError
 from infra.files import write_durably
 from infra.policy.announcement import Announcement, bundle_prefix
-from infra.policy.artifact import MANIFEST, SIGNATURE, Manifest, verify
+from infra.policy.artifact import COHORTS, MANIFEST, SIGNATURE, BaseEntry, Manifest, read_signed_manifest, verify
+from infra.policy.bases import BaseCache
 from infra.policy.keys import TrustStore, canonical_json
 
 _KEPT = "the last policy that was good stays in use"
@@ -28,7 +32,11 @@ _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 
 
 class PolicySource(Protocol):
-    """Where a robot asks for policies. It is not believed: signatures are."""
+    """Where a robot asks for policies. It is not believed: signatures are.
+
+    One that also has `fetch_to` (`infra.policy.bases.StreamingSource`) is asked by it for bases, which may be larger
+    than the robot's memory.
+    """
 
     def announcements(self, cohort: str, after: int) -> Sequence[Announcement]:
         """The cohort's announcements beyond position `after`, in order."""
@@ -74,7 +82,8 @@ class PolicySubscriber:
 
     Args:
         root: the robot's folder for policies.
-        cohort: `learning`, `canary` or `production`; a robot that changes cohort starts anew there.
+        cohort: `learning`, `canary` or `production`; a robot that changes cohort starts anew there, and one that comes
+            back to a cohort goes on from what it had accepted there.
         source: where to ask.
         trust: the keys that may sign.
 
@@ -86,6 +95,7 @@ class PolicySubscriber:
         self._root = Path(root)
         self._bundles = self._root / "bundles"
         self._bundles.mkdir(parents=True, exist_ok=True)
+        self._bases = BaseCache(self._root / "bases")
         self._cohort = cohort
         self._source = source
         self._trust = trust
@@ -178,24 +188,24 @@ class PolicySubscriber:
         aside.mkdir()
         prefix = bundle_prefix(wanted.digest)
         try:
-            data = self._source.fetch(f"{prefix}/{MANIFEST}")
-            manifest = Manifest.parse(data, f"manifest of policy {wanted.version}")
-            write_durably(aside / MANIFEST, data)
-            for name in (SIGNATURE, *manifest.files):
+            for name in (MANIFEST, SIGNATURE):
+                write_durably(aside / name, self._source.fetch(f"{prefix}/{name}"))
+            # Before anything large is fetched on its word.
+            manifest = _announced(read_signed_manifest(aside, self._trust), wanted, aside)
+            for name in manifest.files:
                 write_durably(aside / name, self._source.fetch(f"{prefix}/{name}"))
         except (CorruptDataError, FileNotFoundError) as error:
             raise UntrustedPolicyError(f"policy {wanted.version} cannot be fetched whole ({error})", _KEPT) from error
+        if manifest.base is not None:
+            self._bases.ensure(manifest.base, self._source)
+            self._bases.link(manifest.base, aside)
         self._check(aside, wanted)
         aside.rename(target)
 
     def _check(self, bundle: Path, wanted: PolicyRef) -> None:
-        manifest = verify(bundle, self._trust)
-        if manifest.version != wanted.version or manifest.digest != wanted.digest:
-            raise UntrustedPolicyError(
-                f"{bundle.name} holds policy {manifest.version} ({manifest.digest[:16]}), not the announced "
-                f"{wanted.version} ({wanted.digest[:16]})",
-                _KEPT,
-            )
+        base = _base_of(bundle)
+        known = self._bases.known(base) if base is not None else None
+        _announced(verify(bundle, self._trust, known_base=known), wanted, bundle)
 
     def _fall_back(self) -> None:
         """At start: an active bundle that no longer verifies gives way to the previous one, or to none."""
@@ -214,25 +224,57 @@ class PolicySubscriber:
 
     def _prune(self) -> None:
         kept = {ref.folder for ref in (self._state.active, self._state.previous, self._state.wanted) if ref}
+        bases = set()
         for folder in self._bundles.iterdir():
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+            elif (base := _base_of(folder)) is not None:
+                bases.add(base.sha256)
+        self._bases.prune(bases)
 
     def _load(self) -> _State:
         path = self._root / "state.json"
-        if not path.exists():
-            return _State(self._cohort)
+        if path.exists():
+            state = self._read(path)
+            if state.cohort == self._cohort:
+                return state
+            os.replace(path, self._root / f"state-{state.cohort}.json")
+        before = self._root / f"state-{self._cohort}.json"
+        return self._read(before) if before.exists() else _State(self._cohort)
+
+    def _read(self, path: Path) -> _State:
         try:
             document = json.loads(path.read_bytes())
             for name in ("wanted", "active", "previous"):
                 document[name] = PolicyRef(**document[name]) if document[name] else None
             state = _State(**document)
+            if state.cohort not in COHORTS:
+                raise ValueError(f"unknown cohort {state.cohort!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise UntrustedPolicyError(
                 f"{path} is not a subscriber's state ({error})", "move it away; the robot then starts as a new one"
             ) from error
-        return state if state.cohort == self._cohort else _State(self._cohort)
+        return state
 
     def _save(self, state: _State) -> None:
         write_durably(self._root / "state.json", canonical_json(asdict(state)))
         self._state = state
+
+
+def _announced(manifest: Manifest, wanted: PolicyRef, bundle: Path) -> Manifest:
+    """The manifest, if it is the announced policy's."""
+    if manifest.version != wanted.version or manifest.digest != wanted.digest:
+        raise UntrustedPolicyError(
+            f"{bundle.name} holds policy {manifest.version} ({manifest.digest[:16]}), not the announced "
+            f"{wanted.version} ({wanted.digest[:16]})",
+            _KEPT,
+        )
+    return manifest
+
+
+def _base_of(bundle: Path) -> BaseEntry | None:
+    """The base that a bundle's manifest names, unverified."""
+    try:
+        return Manifest.parse((bundle / MANIFEST).read_bytes(), bundle.name).base
+    except (OSError, UntrustedPolicyError):
+        return None

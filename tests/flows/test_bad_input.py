@@ -37,7 +37,7 @@ from flows.stages.common import BUFFER, CHECKPOINT, DEMONSTRATIONS, OFFLINE, PLA
 from infra.coordinator import Coordinator
 from infra.episode import Episode, decode, encode
 from infra.errors import ConfigError, CorruptDataError, LeaseLostError, StorageFullError, UnavailableError
-from infra.events import OutboxLog
+from infra.events.outbox import OutboxLog
 from lwd_model.learner import Learner
 from lwd_model.shards import INDEX, read_buffer, write_buffer
 

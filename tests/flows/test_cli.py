@@ -23,7 +23,7 @@ from lwd_model.shards import write_buffer
 
 COMMANDS = (
     "demo", "collect", "train", "online", "evaluate", "promote", "rollback", "contracts", "snapshots", "policies",
-    "report", "status", "robot",
+    "report", "status", "robot", "migrate", "canary", "keys", "data", "robots", "servers",
 )  # fmt: skip
 
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "policy"))
+from policies import make_bundle
+
 from bench.gate import simulate
+from flows.deployment import deployment
+from flows.evaluation import write_results
 from flows.gate import DEFAULT_GATE, GateSpec, Verdict, decide, load_gate, trace, verdicts
+from flows.params import load_params
+from flows.promotion import evaluation_file, judge
 from infra.errors import ConfigError
 from lwd_model.evaluation import EpisodeResult
 
@@ -191,6 +200,26 @@ def test_bad_gate_files_are_named(tmp_path: Path, edit: object, named: str) -> N
     with pytest.raises(ConfigError) as caught:
         load_gate(path)
     assert named in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gate_max", "verdict", "asked"), [(None, "FAIL", 200), (60, "CONTINUE", 60), (500, "FAIL", 200)]
+)
+def test_the_gates_own_maximum_ends_the_asking(
+    spec: GateSpec, tmp_path: Path, gate_max: int | None, verdict: str, asked: int
+) -> None:
+    """An undecided candidate is asked about up to the file's `episodes.max`, where the answer is FAIL."""
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    assert params.evaluate.gate_max is None  # the repository leaves it to the gate's file
+    params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"gate_max": gate_max})})
+    with deployment(tmp_path) as plane:
+        for version in (1, 2):
+            plane.publisher.publish(make_bundle(tmp_path / "export", version), cohort=None)
+            write_results(evaluation_file(plane, version), episodes(0.7, 200, version))  # known: nothing is run
+        plane.registry.promote(1, {})
+        judgement = judge(plane, params, 2, spec)
+    assert judgement.decision.verdict == verdict
+    assert judgement.decision.evidence["episodes_per_task"] == asked
 
 
 def test_missing_or_broken_gate_file(tmp_path: Path) -> None:

@@ -2,75 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import sqlalchemy as sa
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 from invariants import assert_invariants
+from short_pipeline import ROOT, UPDATES, fill_workspace, learner_status, wait_until
 
 from flows.deployment import deployment
 from flows.online import summarise
-from flows.params import load_params
-from flows.stages.common import BUFFER, BUNDLE, CHECKPOINT, OFFLINE, SFT, agent_config, n_step, replay_for
 from infra.catalog import schema
-from infra.fleet.operator import ExpertOperator
-from infra.fleet.rollout import run_jobs
-from infra.fleet.sources import job_list
-from lwd_model.bundle import export_bundle
-from lwd_model.learner import Learner
-from lwd_model.normaliser import Normaliser
-from lwd_model.shards import write_buffer
-
-ROOT = Path(__file__).parents[2]
-UPDATES = 60
-SMALL = {
-    "tasks": ["S1", "S2"],
-    "workers": 1,
-    "online": {"robots": 2, "pace": 0.0, "updates": UPDATES, "updates_per_episode": 4, "publish_every": 10,
-               "learner": {"batch": 16, "policy_batch": 8}},
-}  # fmt: skip
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the outputs of a very short offline pipeline."""
-    from bench.workspace import merged
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    params = merged(yaml.safe_load((ROOT / "params.yaml").read_text()), SMALL)
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    loaded = load_params(tmp_path / "params.yaml")
-    expert = functools.partial(ExpertOperator, 0.15)
-    episodes = run_jobs(None, job_list(loaded.tasks, 2, 0, "demo"), source="demo", operator=expert)
-    write_buffer(episodes, BUFFER)
-    config = agent_config(loaded, batch=16, policy_batch=8)
-    learner = Learner(config, Normaliser.fit(e.observations for e in episodes))
-    replay = replay_for(config)
-    for episode in episodes:
-        replay.add(episode, n_step(episode.task, config.learner))
-    learner.fit(lambda rng: replay.sample(16, rng), 5, stage="sft")
-    learner.agent.start_rl()
-    for folder in (SFT, OFFLINE):
-        export_bundle(learner.agent.deployed, learner.agent.normaliser, config.policy, folder / BUNDLE)
-        learner.save(folder / CHECKPOINT)
+    fill_workspace(tmp_path)
     return tmp_path
-
-
-def learner_status(home: Path) -> dict[str, int]:
-    path = home / "learner" / "status.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def children_of(pid: int) -> dict[str, psutil.Process]:
@@ -91,13 +49,6 @@ def closed_by_robots(home: Path) -> set[str]:
     """Ids of all episodes that the robots have closed in all their lives, from their own logs."""
     lines = [json.loads(line) for log in (home / "logs").glob("robot-*.jsonl") for line in log.read_text().splitlines()]
     return {line["episode_id"] for line in lines if line["message"] == "episode"}
-
-
-def wait_until(condition, seconds: float = 180.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.05)
 
 
 @pytest.mark.timeout(900)

@@ -27,17 +27,19 @@ from infra.catalog.schema import episodes, quarantine, snapshot_episodes
 from infra.crashpoints import VARIABLE
 from infra.episode import Episode, encode
 from infra.ingest import Ingest
-from infra.objects import DirectoryStore
+from infra.objects import ObjectStore
+from infra.plane import open_catalog, open_objects
+from infra.settings import load_settings
 from infra.snapshots import Snapshots
 
 
 @dataclass(frozen=True)
 class Plane:
-    """The embedded data plane below one home."""
+    """The data plane of one home, in either profile."""
 
     home: Path
     catalog: Catalog
-    objects: DirectoryStore
+    objects: ObjectStore
     ingest: Ingest
     snapshots: Snapshots
 
@@ -65,10 +67,10 @@ def open_plane(home: Path) -> Plane:
     place = (home, os.getpid())
     if place not in _open:
         home.mkdir(parents=True, exist_ok=True)
-        if not (home / "catalog.db").exists():
+        settings = load_settings(home=home)
+        if settings.profile == "local" and not (home / "catalog.db").exists():
             (home / "catalog.db").write_bytes(_migrated_file())
-        catalog = Catalog(f"sqlite:///{home / 'catalog.db'}")
-        objects = DirectoryStore(home / "objects")
+        catalog, objects = open_catalog(settings, migrate=True), open_objects(settings)
         _open[place] = Plane(home, catalog, objects, Ingest(catalog, objects), Snapshots(catalog))
     return _open[place]
 

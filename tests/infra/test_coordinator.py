@@ -12,13 +12,13 @@ import sqlalchemy as sa
 from invariants import Plane, digest, example_episode, open_plane
 
 from infra.catalog import dialect
-from infra.catalog.schema import episodes, outbox, quarantine, snapshot_episodes
+from infra.catalog.schema import dead_letters, episodes, quarantine, snapshot_episodes
 from infra.coordinator import Coordinator
 from infra.episode import Episode, encode
 from infra.errors import ConflictError, LeaseLostError, UnavailableError
-from infra.events import Event, OutboxLog, announce
-from infra.objects import DirectoryStore
-from infra.reconcile import Reconciliation, reconcile
+from infra.events import DeadLetter, Event, announce, stored_offsets
+from infra.events.outbox import OutboxLog
+from infra.objects.directory import DirectoryStore
 
 
 @dataclass(frozen=True)
@@ -83,79 +83,6 @@ def test_what_the_episode_says_is_kept_beside_it(plane: Plane) -> None:
     assert row.warnings == [{"rule": "short", "severity": "warn", "message": "only 4 steps"}]
 
 
-@pytest.mark.parametrize("severity", ["block", "a severity of a newer contract"])
-def test_a_broken_rule_quarantines_that_episode_alone(plane: Plane, severity: str) -> None:
-    def check(episode: Episode) -> Sequence[Violation]:
-        rules = [Violation("range", "warn", "odd"), Violation("finite", severity, "NaN in actions")]
-        return rules if episode.episode_id.endswith("1") else []
-
-    for number in range(3):
-        plane.submit(example_episode(number))
-    drain(coordinator(plane, check))
-    assert members(plane) == {0, 2}
-    assert held(plane) == {f"{1:032x}": ("contract", "odd; NaN in actions")}
-    assert plane.ingest.status(f"{1:032x}") == "quarantined"
-
-
-def test_the_batch_check_sees_what_was_accepted(plane: Plane) -> None:
-    seen: list[list[str]] = []
-
-    def batch_check(batch: Sequence[Episode]) -> dict[str, list[Violation]]:
-        seen.append([episode.episode_id[-1] for episode in batch])
-        return {
-            batch[0].episode_id: [Violation("gx", "block", "range")],
-            batch[1].episode_id: [Violation("w", "warn", "m")],
-        }
-
-    for number in range(4):
-        plane.submit(example_episode(number))
-
-    def check(episode: Episode) -> Sequence[Violation]:
-        return [Violation("r", "block", "m")] if episode.episode_id.endswith("0") else []
-
-    drain(coordinator(plane, check, batch_check=batch_check))
-    assert seen == [["1", "2", "3"]]
-    assert members(plane) == {2, 3}
-
-
-@pytest.mark.parametrize("which", ["check", "batch_check"])
-def test_a_check_that_breaks_accepts_nothing_and_can_be_mended(plane: Plane, which: str) -> None:
-    def broken(_: object) -> list[Violation]:
-        raise ZeroDivisionError("in the check")
-
-    episode = example_episode(1)
-    plane.submit(episode)
-    drain(coordinator(plane, broken) if which == "check" else coordinator(plane, batch_check=broken))
-    assert "ZeroDivisionError" in held(plane)[episode.episode_id][1]
-    plane.ingest.release(episode.episode_id, digest(encode(episode)))
-    assert plane.ingest.status(episode.episode_id) == "committed"
-    drain(coordinator(plane))
-    assert members(plane) == {1} and held(plane) == {}
-
-
-def _submit_bytes(plane: Plane, number: int, data: bytes, **meta: object) -> None:
-    plane.ingest.submit("r0", f"{number:032x}", data, digest(data), len(data), meta)
-
-
-def test_poison_is_put_aside_with_its_reason_and_the_rest_goes_on(plane: Plane) -> None:
-    good = encode(example_episode(1))
-    _submit_bytes(plane, 2, b"not a tar")
-    _submit_bytes(plane, 3, good[: len(good) // 2])
-    _submit_bytes(plane, 4, good)  # says that it is episode 1
-    _submit_bytes(plane, 5, encode(example_episode(5, robot="r9")))
-    _submit_bytes(plane, 6, encode(example_episode(6)), schema_version=99)
-    _submit_bytes(plane, 7, encode(example_episode(7, schema_version=2)))
-    _submit_bytes(plane, 8, b"")
-    plane.submit(example_episode(9))
-    drain(coordinator(plane))
-    assert members(plane) == {9}
-    found = {int(identifier, 16): reason for identifier, reason in held(plane).items()}
-    stages = {number: stage for number, (stage, _) in found.items()}
-    assert stages == {2: "decode", 3: "decode", 4: "identity", 5: "identity", 6: "schema", 7: "identity", 8: "decode"}
-    assert "schema version 99" in found[6][1]
-    assert "'r9'" in found[5][1]
-
-
 def test_duplicates_and_reordering_give_one_set(plane: Plane) -> None:
     """Faults 16 and 17: a log that repeats each event a hundred times, in another order each time."""
 
@@ -209,12 +136,6 @@ class Flaky(DirectoryStore):
                 raise UnavailableError("store: 503", "wait")
             return data[:100]
         return data
-
-
-def test_a_truncated_read_is_tried_again(plane: Plane) -> None:
-    plane.submit(example_episode(1))
-    drain(coordinator(plane, objects=Flaky(plane.objects.root, 4, unavailable=False)))
-    assert members(plane) == {1} and held(plane) == {}
 
 
 def test_a_store_that_is_away_stops_the_offsets_and_loses_nothing(
@@ -312,42 +233,6 @@ def test_a_clock_that_jumps_changes_no_order(plane: Plane, monkeypatch: pytest.M
     assert plane.snapshots.verify() == 2
 
 
-# --- the reconciler ---------------------------------------------------------------------------------------------------
-
-
-def test_the_reconciler_announces_what_a_broker_lost(plane: Plane) -> None:
-    for number in range(3):
-        plane.submit(example_episode(number))
-    with plane.catalog.begin() as connection:
-        connection.execute(outbox.delete().where(outbox.c.episode_id != f"{1:032x}"))
-    drain(coordinator(plane))
-    assert members(plane) == {1}
-    assert reconcile(plane.catalog, plane.objects) == Reconciliation(0, 0, 0, 0)  # still within its grace
-    later = 2.0e10
-    assert reconcile(plane.catalog, plane.objects, now=later) == Reconciliation(2, 0, 0, 0)
-    drain(coordinator(plane))
-    assert members(plane) == {0, 1, 2}
-    assert reconcile(plane.catalog, plane.objects, now=later) == Reconciliation(0, 0, 0, 0)
-
-
-def test_the_reconciler_asks_for_lost_objects_and_sweeps_orphans(plane: Plane) -> None:
-    plane.submit(example_episode(1))
-    plane.submit(example_episode(2))
-    drain(coordinator(plane))
-    plane.submit(example_episode(3))
-    with plane.catalog.read() as connection:
-        key = connection.execute(sa.select(episodes.c.key).where(episodes.c.episode_id == f"{3:032x}")).scalar_one()
-    plane.objects.delete(key)
-    orphan = encode(example_episode(4))
-    plane.objects.promote(plane.objects.put_incoming("r0", f"{4:032x}", orphan), digest(orphan))
-    assert reconcile(plane.catalog, plane.objects, now=2.0e10) == Reconciliation(0, 1, 1, 1)
-    assert plane.ingest.status(f"{3:032x}") == "unknown"
-    for number in (3, 4):  # what their spools do
-        plane.submit(example_episode(number))
-    drain(coordinator(plane))
-    assert members(plane) == {1, 2, 3, 4}
-
-
 def test_an_event_without_its_row_is_passed_over(plane: Plane) -> None:
     """A log restored to later than the catalog announces what was never committed here."""
     claim = {"robot_id": "r0", "key": "episodes/00/x.tar", "sha256": "0" * 64, "size": 1, "trace_id": "t"}
@@ -356,3 +241,89 @@ def test_an_event_without_its_row_is_passed_over(plane: Plane) -> None:
     plane.submit(example_episode(2))
     drain(coordinator(plane))
     assert members(plane) == {2} and held(plane) == {}
+
+
+# --- dead letters -----------------------------------------------------------------------------------------------------
+
+
+class Poisoned(OutboxLog):
+    """A log of two partitions, of which the second holds records that are no events."""
+
+    name = "poisoned"
+    letters = (DeadLetter(1, 1, "{", "no JSON"), DeadLetter(2, 1, "[]", "no object"))
+
+    def poll(self, consumer: str, max_events: int) -> list[Event | DeadLetter]:
+        with self._catalog.read() as connection:
+            position = stored_offsets(connection, consumer).get(1, 0)
+        found = [letter for letter in self.letters if letter.offset > position]
+        return [*found, *super().poll(consumer, max_events)]
+
+
+def test_row_18_poison_is_kept_with_its_reason_and_the_partition_advances(plane: Plane) -> None:
+    for number in (1, 2):
+        plane.submit(example_episode(number))
+    worker = coordinator(plane, events=Poisoned(plane.catalog), micro_batch=1)
+    assert [worker.step() for _ in range(3)] == [3, 1, 0]
+    with plane.catalog.read() as connection:
+        rows = connection.execute(sa.select(dead_letters).order_by(dead_letters.c.position)).all()
+        assert stored_offsets(connection, "coordinator") == {0: 2, 1: 2}
+    assert [(row.log, row.partition, row.position, row.payload, row.reason) for row in rows] == [
+        ("poisoned", 1, 1, "{", "no JSON"),
+        ("poisoned", 1, 2, "[]", "no object"),
+    ]
+    assert members(plane) == {1, 2}
+
+
+def test_dead_letters_alone_make_no_snapshot_and_are_buried_once(plane: Plane) -> None:
+    class Again(Poisoned):
+        def poll(self, consumer: str, max_events: int) -> list[Event | DeadLetter]:
+            return list(self.letters)
+
+    worker = coordinator(plane, events=Again(plane.catalog))
+    assert worker.step() == worker.step() == 2
+    with plane.catalog.read() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(dead_letters)).scalar_one() == 2
+    assert plane.snapshots.latest().version == 0
+
+
+# --- the influence cap ------------------------------------------------------------------------------------------------
+
+
+def test_one_robot_makes_up_no_more_than_its_share(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.coordinator.INFLUENCE_FROM", 4)
+    for number, robot in enumerate(["a", "a", "a", "b", "a", "b", "b", "a"]):
+        plane.submit(example_episode(number, robot=robot))
+    drain(coordinator(plane, influence_max=0.6, micro_batch=3))
+    # 0 to 3 begin the snapshot; then a has 3 of 4: its next would be 4 of 5, b's are welcome, and then a's again.
+    assert members(plane) == {0, 1, 2, 3, 5, 6, 7}
+    stage, why = held(plane)[f"{4:032x}"]
+    assert stage == "influence" and why == "a would make up 4 of 5 episodes, above 60%"
+    late = example_episode(4, robot="a")
+    plane.ingest.release(late.episode_id, digest(encode(late)))
+    drain(coordinator(plane, influence_max=0.6))
+    assert held(plane)[late.episode_id][0] == "influence", "5 of 8 is too much still"
+    plane.submit(example_episode(8, robot="b"))
+    drain(coordinator(plane, influence_max=0.6))
+    plane.ingest.release(late.episode_id, digest(encode(late)))
+    drain(coordinator(plane, influence_max=0.6))
+    assert members(plane) == set(range(9)) and held(plane) == {}
+
+
+def test_what_was_revoked_does_not_count_towards_the_share(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.coordinator.INFLUENCE_FROM", 4)
+    for number in range(6):
+        plane.submit(example_episode(number, robot="ab"[number % 2]), produced_at=float(number))
+    drain(coordinator(plane, influence_max=0.6))
+    plane.snapshots.revoke("a", 0.0, 2.0, reason="loose gripper", actor="steward")  # leaves one of a and three of b
+    for number in (6, 7):
+        plane.submit(example_episode(number, robot="ab"[number % 2]), produced_at=float(number))
+    drain(coordinator(plane, influence_max=0.6))
+    assert members(plane) == {1, 3, 4, 5, 6} and held(plane)[f"{7:032x}"][0] == "influence"
+
+
+def test_without_a_cap_nothing_is_counted(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.coordinator.INFLUENCE_FROM", 0)
+    monkeypatch.setattr("infra.coordinator._members_of", lambda *_: 1 / 0)
+    plane.submit(example_episode(1))
+    drain(coordinator(plane))
+    assert members(plane) == {1}

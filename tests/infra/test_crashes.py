@@ -32,13 +32,14 @@ from infra.coordinator import Coordinator, main
 from infra.crashpoints import registered
 from infra.episode import Episode, encode
 from infra.errors import ConfigError, ConflictError, LeaseLostError
-from infra.events import OutboxLog
+from infra.events.outbox import OutboxLog
 from infra.process import die_with_parent, log_to, stop_on_signal
 from infra.reconcile import reconcile
 
-CORE = ("coordinator.py", "events.py", "ingest.py", "objects.py", "reconcile.py", "snapshots.py", "catalog/")
+CORE = ("coordinator.py", "ingest.py", "objects/directory.py", "reconcile.py", "snapshots.py", "catalog/")
 # Where the crash points of other files are enumerated and passed.
-ELSEWHERE = {"policy/": "policy", "edge/": "edge", "fleet/": "fleet", "reader.py": "", "prefetcher.py": ""}
+ELSEWHERE = {"policy/": "policy", "edge/": "edge", "fleet/": "fleet", "service/": "service", "reader.py": "",
+             "prefetcher.py": ""}  # fmt: skip
 POINTS = [name for name, where in registered().items() if where.startswith(CORE) and name != "coordinator.started"]
 EPISODES = 6
 ALTERED = f"{4:032x}"

@@ -1,4 +1,4 @@
-"""The outbox as a log: order, offsets that only their transaction moves, and at-least-once reading."""
+"""The outbox as a log: the contract of every log, and offsets that only their transaction moves."""
 
 from __future__ import annotations
 
@@ -7,50 +7,22 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invariants import example_episode, open_plane
+from invariants import open_plane
+from log_contract import LogContract, Rig
 
-from infra.events import OutboxLog, store_offsets, stored_offsets
-
-
-def test_events_come_in_the_order_of_their_commits_and_carry_the_claim(tmp_path: Path) -> None:
-    plane = open_plane(tmp_path)
-    for number in range(5):
-        plane.submit(example_episode(number), trace_id=f"trace-{number}")
-    log = OutboxLog(plane.catalog)
-    events = log.poll("c", 10)
-    assert [event.episode_id for event in events] == [f"{number:032x}" for number in range(5)]
-    assert [event.trace_id for event in events] == [f"trace-{number}" for number in range(5)]
-    assert [event.offset for event in events] == sorted({event.offset for event in events})
-    for event in events:
-        assert plane.objects.verify(event.key) == (event.size, event.sha256)
-    assert log.poll("c", 2) == events[:2]
+from infra.events import store_offsets, stored_offsets
+from infra.events.outbox import OutboxLog
 
 
-def test_polling_moves_nothing_and_consumers_are_apart(tmp_path: Path) -> None:
-    plane = open_plane(tmp_path)
-    for number in range(3):
-        plane.submit(example_episode(number))
-    log = OutboxLog(plane.catalog)
-    first = log.poll("a", 10)
-    assert log.poll("a", 10) == first
-    with plane.catalog.begin() as connection:
-        store_offsets(connection, "a", {0: first[1].offset})
-    assert log.poll("a", 10) == first[2:]
-    assert log.poll("b", 10) == first
+class TestOutboxLog(LogContract):
+    @pytest.fixture
+    def rig(self, tmp_path: Path) -> Rig:
+        plane = open_plane(tmp_path)
+        return Rig(plane, OutboxLog(plane.catalog), lambda: OutboxLog(plane.catalog), lambda: None)
 
-
-def test_offsets_follow_their_transaction(tmp_path: Path) -> None:
-    plane = open_plane(tmp_path)
-
-    def fail() -> None:
-        with plane.catalog.begin() as connection:
-            store_offsets(connection, "a", {0: 7})
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    with plane.catalog.read() as connection:
-        assert stored_offsets(connection, "a") == {}
+    def test_all_events_come_in_the_order_of_their_commits(self, rig: Rig) -> None:
+        rig.submit(*range(7))
+        assert [int(event.episode_id, 16) for event in rig.log.poll("c", 10)] == list(range(7))
 
 
 @given(st.lists(st.dictionaries(st.integers(0, 3), st.integers(1, 50), max_size=3), max_size=8))

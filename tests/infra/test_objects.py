@@ -1,4 +1,4 @@
-"""The directory store: whole or not at all, never outside its folder, and clear when there is no room."""
+"""The directory store: the promises of every store, clear when there is no room, and whole after a SIGKILL."""
 
 from __future__ import annotations
 
@@ -10,20 +10,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from invariants import KILLED, digest, in_process, start_process
+from objects_contract import ID, ObjectsContract, upload
 
 from infra.crashpoints import registered
-from infra.errors import ConfigError, CorruptDataError, StorageFullError, UnavailableError
-from infra.objects import DirectoryStore, episode_key
-
-ID = "0" * 31 + "1"
+from infra.errors import ConfigError, StorageFullError, UnavailableError
+from infra.objects import incoming_key
+from infra.objects.directory import DirectoryStore
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "objects")
+
+
+class TestDirectory(ObjectsContract):
+    """The contract, on files."""
+
+
+@pytest.mark.parametrize(
+    ("robot", "episode"), [("../r1", ID), ("r/1", ID), ("", ID), ("r1", "../" + "0" * 29), ("r1", "A" * 32), ("r1", "")]
+)
+def test_names_are_checked_before_a_key_is_built(robot: str, episode: str) -> None:
+    with pytest.raises(ConfigError, match="id"):
+        incoming_key(robot, episode)
+
+
+def test_each_upload_has_a_key_of_its_own() -> None:
+    assert len({incoming_key("r0", ID) for _ in range(100)}) == 100
+    assert incoming_key("r0", ID).startswith(f"incoming/r0/{ID}-")
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -38,69 +56,6 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@given(st.binary(max_size=3 * 2**20))
-@settings(max_examples=15, deadline=None)
-def test_what_is_put_is_read_back(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    store = DirectoryStore(tmp_path_factory.mktemp("objects"))
-    key = store.put_incoming("r0", ID, data)
-    assert store.verify(key) == (len(data), digest(data))
-    final = store.promote(key, digest(data))
-    assert final == episode_key(digest(data))
-    assert store.get(final) == data
-    assert [item.key for item in store.list("episodes")] == [final]
-    store.delete(key)
-    assert not store.exists(key)
-    assert list(store.list("incoming")) == []
-
-
-def test_a_file_is_taken_like_bytes(store: DirectoryStore, tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"abc")
-    store.put("policies/1/manifest.json", tmp_path / "f")
-    assert store.get("policies/1/manifest.json") == b"abc"
-
-
-@pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x", "", ".aside/x", "a\0b"])
-def test_a_key_that_leaves_the_store_is_refused(store: DirectoryStore, key: str) -> None:
-    for act in (store.get, store.verify, store.delete, store.exists):
-        with pytest.raises(ConfigError, match="object key"):
-            act(key)
-    with pytest.raises(ConfigError, match="object key"):
-        store.put(key, b"x")
-
-
-@pytest.mark.parametrize(
-    ("robot", "episode"), [("../r1", ID), ("r/1", ID), ("", ID), ("r1", "../" + "0" * 29), ("r1", "A" * 32), ("r1", "")]
-)
-def test_names_are_checked_before_a_path_is_built(store: DirectoryStore, robot: str, episode: str) -> None:
-    with pytest.raises(ConfigError, match="id"):
-        store.put_incoming(robot, episode, b"x")
-
-
-def test_bytes_swapped_after_they_were_verified_are_not_promoted(store: DirectoryStore) -> None:
-    key = store.put_incoming("r0", ID, b"good")
-    sha = store.verify(key)[1]
-    store.put(key, b"evil")
-    with pytest.raises(CorruptDataError, match="sha256"):
-        store.promote(key, sha)
-    assert list(store.list("episodes")) == []
-
-
-def test_promoting_twice_is_one_object_and_mends_a_damaged_one(store: DirectoryStore) -> None:
-    key = store.put_incoming("r0", ID, b"good")
-    final = store.promote(key, digest(b"good"))
-    assert store.promote(key, digest(b"good")) == final
-    (store.root / final).write_bytes(b"gooe")  # a bit flipped at rest
-    store.promote(key, digest(b"good"))
-    assert store.get(final) == b"good"
-
-
-def test_an_absent_object_is_named(store: DirectoryStore) -> None:
-    for act in (store.get, store.verify):
-        with pytest.raises(CorruptDataError, match="episodes/ab/none.tar is not in"):
-            act("episodes/ab/none.tar")
-    store.delete("episodes/ab/none.tar")  # no error: deletions are repeated
-
-
 def test_a_full_disk_is_named_and_leaves_nothing(tiny_disk: Path) -> None:
     store = DirectoryStore(tiny_disk / "objects")
     store.put("episodes/a", b"x" * 100_000)
@@ -109,6 +64,16 @@ def test_a_full_disk_is_named_and_leaves_nothing(tiny_disk: Path) -> None:
     assert [item.key for item in store.list("episodes")] == ["episodes/a"]
     assert list((tiny_disk / "objects/.aside").iterdir()) == []
     store.put("episodes/c", b"z" * 10_000)  # room is used again
+
+
+def test_an_upload_that_cannot_be_copied_for_lack_of_room_is_not_accepted(tiny_disk: Path) -> None:
+    store = DirectoryStore(tiny_disk / "objects")
+    data = b"x" * 150_000
+    incoming = upload(store, data)
+    with pytest.raises(StorageFullError, match="episodes"):
+        store.accept(incoming, digest(data), len(data))
+    assert list(store.list("episodes")) == []
+    assert store.get(incoming) == data
 
 
 @pytest.mark.parametrize(
@@ -123,8 +88,26 @@ def test_errors_of_the_disk(store: DirectoryStore, monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
             with pytest.raises(error, match="incoming/r0"):
-                store.put_incoming("r0", ID, b"x")
+                upload(store, b"x")
     assert list(store.list("incoming")) == []
+
+
+def test_an_object_that_the_disk_does_not_give_is_named(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    incoming = upload(store, b"x")
+    final = store.accept(incoming, digest(b"x"), 1)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("infra.objects.directory.hashlib.file_digest", fail)
+    with pytest.raises(UnavailableError, match=f"{final}.*Input/output"):
+        store.accept(incoming, digest(b"x"), 1)
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    with pytest.raises(UnavailableError, match=f"{tmp_path}/f"):
+        DirectoryStore(tmp_path / "f" / "objects")
 
 
 def test_short_writes_are_completed(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,11 +117,14 @@ def test_short_writes_are_completed(store: DirectoryStore, monkeypatch: pytest.M
     assert store.get("a") == b"0123456789"
 
 
+# --- crashes ----------------------------------------------------------------------------------------------------------
+
+
 def _put(root: Path, key: str, data: bytes) -> None:
     DirectoryStore(root).put(key, data)
 
 
-@pytest.mark.parametrize("point", registered("objects.py"))
+@pytest.mark.parametrize("point", registered("objects/directory.py"))
 def test_a_killed_writer_leaves_the_old_object_or_the_new(tmp_path: Path, point: str) -> None:
     _put(tmp_path, "k", b"old")
     assert in_process(_put, tmp_path, "k", b"new", crash=point) == KILLED
@@ -147,11 +133,29 @@ def test_a_killed_writer_leaves_the_old_object_or_the_new(tmp_path: Path, point:
     assert [item.key for item in store.list("k")] == []  # `k` is an object, not a folder
     store.put("k", b"newer")
     assert store.get("k") == b"newer"
+    store.sweep_aside(older_than_s=3600)
     store.sweep_aside(older_than_s=0)
     assert list((tmp_path / ".aside").iterdir()) == []
 
 
-def test_writers_of_one_key_never_mix(tmp_path: Path) -> None:
+def _accept(root: Path, incoming: str, data: bytes) -> None:
+    DirectoryStore(root).accept(incoming, digest(data), len(data))
+
+
+@pytest.mark.parametrize("point", registered("objects/directory.py"))
+def test_a_killed_accept_leaves_no_object_or_the_right_one(tmp_path: Path, point: str) -> None:
+    store = DirectoryStore(tmp_path)
+    incoming = upload(store, b"good")
+    assert in_process(_accept, tmp_path, incoming, b"good", crash=point) == KILLED
+    assert [store.get(item.key) for item in store.list("episodes")] in ([], [b"good"])
+    assert store.get(store.accept(incoming, digest(b"good"), 4)) == b"good"
+
+
+def test_there_are_crash_points_to_kill_at() -> None:
+    assert len(registered("objects/directory.py")) == 2
+
+
+def test_processes_that_write_one_key_never_mix(tmp_path: Path) -> None:
     contents = [bytes([n]) * 200_000 for n in range(4)]
     processes = [start_process(_put, tmp_path, "k", content) for content in contents]
     for process in processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from invariants import Plane, assert_i2_at_most_once, assert_i3_gapless, example
 from infra.coordinator import Coordinator
 from infra.crashpoints import registered
 from infra.errors import UnavailableError
-from infra.events import OutboxLog
+from infra.events.outbox import OutboxLog
+from infra.objects import UnreadableError
 from infra.prefetcher import Cache, Prefetcher, next_increment
 
 NEVER = threading.Event()
@@ -130,22 +132,158 @@ def test_row_7_a_truncated_answer_is_tried_again(plane: Plane, monkeypatch: pyte
 
 def test_row_8_a_store_that_does_not_answer_quarantines_nothing(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(plane, range(2))
-    stop, calls = threading.Event(), []
+    stop, calls = threading.Event(), itertools.count(1)
     whole = plane.objects.get
 
     def down(key: str) -> bytes:
-        calls.append(key)
-        if len(calls) < 4:
+        if next(calls) < 4:
             raise UnavailableError("the store answers 503", "wait")
-        if len(calls) == 5:
-            stop.set()
         return whole(key)
 
     monkeypatch.setattr(plane.objects, "get", down)
     monkeypatch.setattr("infra.prefetcher.backoff", lambda *_: 0.001)
     fetcher = prefetcher(plane, retries=1)
+    step = fetcher.step
+
+    def step_and_stop(event: threading.Event) -> bool:
+        worked = step(event)
+        if worked:
+            stop.set()
+        return worked
+
+    monkeypatch.setattr(fetcher, "step", step_and_stop)
     fetcher.run(stop, 0.001)
     assert plane.snapshots.latest().version == 1 and len(stems(plane.home / "cache" / "new")) == 2
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_answers_that_break_off_are_held_against_an_object_only_if_others_come(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, all_of_them: bool
+) -> None:
+    """Damage at rest looks like a bad network, when a server finds it; a bad network must withdraw nothing."""
+    commit(plane, range(6))
+    bad, whole = plane.snapshots.episodes(1)[0], plane.objects.get
+
+    def get(key: str) -> bytes:
+        if all_of_them or key == bad.key:
+            raise UnreadableError(f"object {key} did not come whole", "see the network")
+        return whole(key)
+
+    monkeypatch.setattr(plane.objects, "get", get)
+    fetcher = prefetcher(plane, retries=2)
+    if all_of_them:
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="did not come whole"):
+                fetcher.step(NEVER)
+        assert plane.snapshots.latest().version == 3
+        all_of_them = False
+    for _ in range(5):
+        fetcher.step(NEVER)
+    assert (plane.snapshots.latest().version, fetcher.version) == (4, 4)
+    assert plane.ingest.status(bad.episode_id) == "quarantined"
+
+
+def test_a_network_that_comes_back_while_others_are_asked_withdraws_nothing(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(plane, range(2))
+    whole, calls = plane.objects.get, itertools.count(1)
+
+    def get(key: str) -> bytes:
+        if next(calls) <= 2 * 2:  # both tries of both objects
+            raise UnreadableError(f"object {key} did not come whole", "see the network")
+        return whole(key)
+
+    monkeypatch.setattr(plane.objects, "get", get)
+    fetcher = prefetcher(plane, retries=2)
+    assert fetcher.step(NEVER) and fetcher.version == plane.snapshots.latest().version == 1
+
+
+# --- several at once --------------------------------------------------------------------------------------------------
+
+
+def test_four_objects_are_fetched_at_once(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(plane, range(8), micro_batch=8)
+    whole, together = plane.objects.get, threading.Barrier(4)
+
+    def get(key: str) -> bytes:
+        together.wait(30)
+        return whole(key)
+
+    monkeypatch.setattr(plane.objects, "get", get)
+    assert prefetcher(plane).step(NEVER)
+    assert len(stems(plane.home / "cache" / "new")) == 8
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5])
+def test_what_is_under_way_counts_against_the_budget(plane: Plane, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    commit(plane, range(6), micro_batch=6)
+    size = plane.snapshots.episodes(1)[0].size
+    cache, whole, lock = Cache(plane.home / "cache"), plane.objects.get, threading.Lock()
+    under_way, most = 0, 0
+
+    def get(key: str) -> bytes:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way + len(stems(cache.new)))
+        data = whole(key)
+        with lock:
+            under_way -= 1
+        return data
+
+    monkeypatch.setattr(plane.objects, "get", get)
+    fetcher = prefetcher(plane, budget=room * size + size // 2)
+    brought: set[str] = set()
+    while not fetcher.step(NEVER):
+        new = stems(cache.new)
+        assert 0 < len(new) <= room, "no progress, or beyond the budget"
+        brought |= new
+        for path in cache.new.glob("*.tar"):
+            path.rename(cache.kept / path.name)
+    assert most <= room
+    assert brought | stems(cache.new) == {m.sha256 for m in plane.snapshots.episodes(1)}
+
+
+def test_each_of_several_unreadable_objects_is_withdrawn(plane: Plane) -> None:
+    commit(plane, range(6), micro_batch=6)
+    bad = plane.snapshots.episodes(1)[1:4]
+    for member in bad:
+        rot(plane, member.key)
+    fetcher = prefetcher(plane, retries=2)
+    for _ in range(5):
+        fetcher.step(NEVER)
+    latest = plane.snapshots.latest()
+    assert (latest.version, latest.episodes, fetcher.version) == (4, 3, 4)
+    assert {plane.ingest.status(member.episode_id) for member in bad} == {"quarantined"}
+    assert_i3_gapless(plane.home)
+
+
+def test_what_was_brought_beside_a_failure_is_not_brought_again(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(plane, range(4), micro_batch=4)
+    bad, whole, asked = plane.snapshots.episodes(1)[0].key, plane.objects.get, list[str]()
+
+    def get(key: str) -> bytes:
+        asked.append(key)
+        if key == bad and asked.count(bad) == 1:
+            raise UnavailableError("the store answers 503", "wait")
+        return whole(key)
+
+    monkeypatch.setattr(plane.objects, "get", get)
+    fetcher = prefetcher(plane)
+    with pytest.raises(UnavailableError, match="503"):
+        fetcher.step(NEVER)
+    assert fetcher.step(NEVER) and fetcher.version == 1
+    assert len(asked) == 5 and asked.count(bad) == 2
+
+
+def test_it_stops_between_two_tries(plane: Plane) -> None:
+    commit(plane, range(2))
+    rot(plane, plane.snapshots.episodes(1)[0].key)
+    stop = threading.Event()
+    stop.set()
+    assert not prefetcher(plane).step(stop)
+    assert plane.snapshots.latest().version == 1 and stems(plane.home / "cache" / "new") == set()
 
 
 def test_the_next_step_reaches_over_what_was_withdrawn(plane: Plane) -> None:

@@ -20,6 +20,7 @@ from infra.errors import ConfigError, UnavailableError
 from infra.prefetcher import Cache
 from infra.reader import Increment, SnapshotReader
 from infra.settings import Settings, load_settings
+from infra.snapshots import Snapshot, Snapshots
 
 
 @pytest.fixture
@@ -86,14 +87,16 @@ def test_row_26_a_killed_prefetcher_is_replaced(
     """Killed by SIGKILL in the middle of an increment, again and again; nothing is lost, nothing comes twice."""
     commit(plane, range(9), micro_batch=3)
     monkeypatch.setenv(VARIABLE, "prefetcher.fetched:2")
+    found = []
     with SnapshotReader(deployment) as reader:
         while reader.respawns < 2:
-            reader.poll()
+            if (increment := reader.poll()) is not None:
+                found.append(increment)
             time.sleep(0.02)
         monkeypatch.delenv(VARIABLE)
         if reader.prefetcher_pid is not None:
             os.kill(reader.prefetcher_pid, signal.SIGKILL)
-        found = read_to(reader, 3)
+        found += read_to(reader, 3)
         assert reader.respawns >= 2
     ids = [episode.episode_id for increment in found for episode in increment.added]
     assert len(ids) == len(set(ids)) == 9
@@ -158,3 +161,74 @@ def test_an_object_withdrawn_after_it_was_fetched_does_not_hold_its_room(plane: 
 
     (only,) = follow_by_hand(plane, deployment, budget=size + 100, between=withdraw)
     assert (only.after, only.version) == (0, 2) and len(only.added) == 3
+
+
+def test_what_is_fetched_while_the_reader_looks_stays(
+    plane: Plane, deployment: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that comes, and is fetched, between the reader's question for the newest and its look at the cache."""
+    commit(plane, range(2))
+    reader = SnapshotReader(deployment, name="cache", follow=False)
+    new, asked = deployment.cache_dir / "cache" / "new", Snapshots.latest
+
+    def latest(snapshots: Snapshots) -> Snapshot:
+        found = asked(snapshots)
+        if not any(new.iterdir()):
+            commit(plane, range(2, 3))
+            (member,) = plane.snapshots.increment(found.version).added
+            (new / f"{member.sha256}.tar").write_bytes(plane.objects.get(member.key))
+        return found
+
+    monkeypatch.setattr(Snapshots, "latest", latest)
+    reader._sweep()
+    assert len(list(new.iterdir())) == 1
+    reader.close()
+
+
+# --- the pin ----------------------------------------------------------------------------------------------------------
+
+
+def pinned(plane: Plane) -> dict[str, tuple[int, float]]:
+    """name -> (version, seconds that it holds from its last renewal on)."""
+    with plane.catalog.read() as connection:
+        rows = connection.execute(sa.select(schema.pins)).all()
+    return {row.name: (row.version, round(row.expires_at - row.updated_at, 3)) for row in rows}
+
+
+def test_a_reader_pins_the_version_that_it_holds(
+    plane: Plane, deployment: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(plane, range(4))
+    with SnapshotReader(deployment, name="a") as a, SnapshotReader(deployment, name="b", after=1, follow=False):
+        assert pinned(plane) == {"a": (0, 600.0), "b": (1, 600.0)}
+        read_to(a, 2)
+        assert pinned(plane)["a"] == (2, 600.0)
+        clock = time.monotonic
+        with plane.catalog.begin() as connection:
+            connection.execute(schema.pins.update().values(expires_at=0.0))
+        a.poll()
+        assert pinned(plane)["a"][1] < 0, "renewed at every poll"
+        monkeypatch.setattr("infra.reader.time.monotonic", lambda: clock() + 61.0)
+        a.poll()
+        assert pinned(plane)["a"] == (2, 600.0)
+    assert pinned(plane)["a"] == (2, 600.0), "a reader that is started again must find its version"
+
+
+def test_increments_lead_to_one_order_whichever_way_was_taken(plane: Plane, deployment: Settings) -> None:
+    """Of two readers one reads over a version whose episode was withdrawn: the same episodes in the same order."""
+    for number in (9, 8, 2, 1, 6, 5):  # a version each, in another order than that of ids
+        commit(plane, range(number, number + 1))
+    early = list[str]()
+    with SnapshotReader(deployment, name="early") as reader:
+        for increment in read_to(reader, 2):
+            early += [episode.episode_id for episode in increment.added]
+        gone = plane.snapshots.episodes(1)[0].episode_id
+        plane.snapshots.withdraw([gone], reason="test", writer="test")
+        for increment in read_to(reader, plane.snapshots.latest().version):
+            early = [i for i in early if i not in increment.removed]
+            early += [episode.episode_id for episode in increment.added]
+    with SnapshotReader(deployment, name="late") as reader:
+        steps = read_to(reader, plane.snapshots.latest().version)
+        late = [episode.episode_id for increment in steps for episode in increment.added]
+    assert len(steps) == 1 and early == late and gone not in late
+    assert late != sorted(late)

@@ -20,12 +20,12 @@ from invariants import (
     start_process,
 )
 
-from infra.catalog.schema import quarantine
+from infra.catalog.schema import collections, quarantine
 from infra.coordinator import Coordinator
 from infra.crashpoints import registered
 from infra.episode import encode
 from infra.errors import ConfigError, CorruptDataError
-from infra.events import OutboxLog
+from infra.events.outbox import OutboxLog
 
 SHAS: dict[int, str] = {}
 
@@ -167,6 +167,42 @@ def test_withdrawn_episodes_are_in_quarantine_with_their_version(tmp_path: Path)
     assert row.reasons[0]["message"] == "sha256 differs"
     assert plane.ingest.status(episode_id(2)) == "quarantined"
     assert ids(plane, 1) == {1, 2} and ids(plane, 2) == {1}
+
+
+def test_below_the_floor_only_what_lost_nothing_reads(tmp_path: Path) -> None:
+    """`collect` records the floor; what it took is answered with the oldest version kept, never with a part."""
+    plane = open_plane(tmp_path)
+    add(plane, 1)  # 1
+    add(plane, 2)  # 2
+    add(plane, 3)  # 3
+    plane.snapshots.withdraw([episode_id(2)], reason="", writer="reader")  # 4
+    add(plane, 4)  # 5
+    before = [ids(plane, version) for version in range(6)]
+    assert plane.snapshots.floor() == 0
+    with plane.catalog.begin() as connection:
+        values = {"floor": 5, "objects": 1, "bytes": 1, "actor": "test", "created_at": 1.0}
+        connection.execute(collections.insert().values(values))
+    assert plane.snapshots.floor() == 5
+    for version in (2, 3):
+        for read in (plane.snapshots.episodes, lambda v: plane.snapshots.increment(1, v)):
+            with pytest.raises(ConfigError, match=f"snapshot {version} was collected; the oldest kept is 5"):
+                read(version)
+    for version in (0, 1, 4, 5):
+        assert ids(plane, version) == before[version]
+    for after in range(5):
+        step = plane.snapshots.increment(after, 5)
+        added, removed = {int(m.episode_id, 16) for m in step.added}, {int(i, 16) for i in step.removed}
+        assert (before[after] | added) - removed == before[5]
+    assert plane.snapshots.increment(2, 3).added[0].episode_id == episode_id(3)
+    assert plane.snapshots.verify() == 5
+
+
+def test_an_increment_adds_in_order_of_version_then_id(tmp_path: Path) -> None:
+    plane = open_plane(tmp_path)
+    for numbers in ((7, 5), (6, 2), (9, 1)):
+        add(plane, *numbers)
+    assert [int(m.episode_id, 16) for m in plane.snapshots.increment(0).added] == [5, 7, 2, 6, 1, 9]
+    assert [int(m.episode_id, 16) for m in plane.snapshots.episodes(3)] == [1, 2, 5, 6, 7, 9]
 
 
 def _withdraw(home: Path, *numbers: int) -> None:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from recording import record_episode
 
 from infra.catalog.schema import outbox
 from infra.edge.client import EdgeClient
+from infra.edge.server import Upload
 from infra.edge.spool import Spool
-from infra.errors import ConflictError, CorruptDataError, StorageFullError, UnavailableError
+from infra.errors import ConflictError, CorruptDataError, LwdError, StorageFullError, UnavailableError
+from infra.fleet.embedded import EmbeddedServer
 
 
 class Server:
@@ -27,16 +29,27 @@ class Server:
     def __init__(self) -> None:
         self.states: dict[str, str] = {}
         self.submitted: list[str] = []
+        self.batches: list[int] = []
+        self.away = False
         self.before_submit: Callable[[str], None] = lambda episode_id: None
 
-    def submit(self, robot_id: str, episode_id: str, data: bytes, sha256: str, size: int, meta: Any = None) -> object:
-        self.before_submit(episode_id)
+    def submit_many(self, uploads: Sequence[Upload]) -> list[Any]:
+        self.batches.append(len(uploads))
+        return [self._submit(upload.episode_id) for upload in uploads]
+
+    def _submit(self, episode_id: str) -> Any:
+        try:
+            self.before_submit(episode_id)
+        except LwdError as error:
+            return error
         self.submitted.append(episode_id)
         self.states[episode_id] = "committed"
         return "committed"
 
-    def status(self, episode_id: str, sha256: str | None = None) -> Any:
-        return self.states.get(episode_id, "unknown")
+    def statuses(self, episodes: Sequence[tuple[str, str]]) -> list[Any]:
+        if self.away:
+            raise UnavailableError("the service is away", "wait")
+        return [self.states.get(episode_id, "unknown") for episode_id, _ in episodes]
 
 
 @pytest.fixture
@@ -82,6 +95,47 @@ def test_trouble_with_one_episode_does_not_stop_the_others(client: EdgeClient, s
     assert (report.sent, report.failed) == (1, 1) and server.submitted == [second]
     server.before_submit = lambda episode_id: None
     assert client.sync().sent == 1 and set(server.submitted) == {first, second}
+
+
+def test_a_full_spool_is_emptied_batch_by_batch(client: EdgeClient, server: Server) -> None:
+    ids = [record_episode(client, steps=2) for _ in range(40)]
+    assert client.sync().sent == 40
+    assert server.submitted == ids and server.batches == [16, 16, 8]
+
+
+def test_large_episodes_go_in_smaller_batches(
+    client: EdgeClient, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        record_episode(client)
+    monkeypatch.setattr("infra.edge.client.BATCH_BYTES", 2 * client.spool.pending()[0].size + 1)
+    client.sync()
+    assert server.batches == [2, 2, 1]
+
+
+def test_a_server_that_is_away_ends_the_pass(client: EdgeClient, server: Server) -> None:
+    for _ in range(20):
+        record_episode(client, steps=2)
+    server.away = True
+    assert client.sync().failed == 20
+    server.away = False
+
+    def no_store(episode_id: str) -> None:
+        raise UnavailableError("the store is away", "wait")
+
+    server.before_submit = no_store
+    assert client.sync().failed == 16 and server.batches == [16]
+    server.before_submit = lambda episode_id: None
+    assert client.sync().sent == 20
+
+
+def test_an_episode_that_rotted_in_the_spool_is_set_aside(client: EdgeClient, server: Server) -> None:
+    rotten, sound = record_episode(client), record_episode(client)
+    path = next(closed.path for closed in client.spool.pending() if closed.episode_id == rotten)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    report = client.sync()
+    assert (report.sent, report.failed) == (1, 1) and server.submitted == [sound]
+    assert [closed.episode_id for closed in client.spool.pending()] == [sound]
 
 
 def test_a_conflict_is_set_aside_and_kept(client: EdgeClient, server: Server) -> None:
@@ -138,7 +192,7 @@ def test_stopping_reports_what_still_waits(client: EdgeClient, server: Server) -
 
 def _send_forever(home: Path, spool: Path) -> None:
     plane = open_plane(home)
-    client = EdgeClient("r0", Spool(spool, max_bytes=2**24), plane.ingest)
+    client = EdgeClient("r0", Spool(spool, max_bytes=2**24), EmbeddedServer(plane.catalog, plane.objects, "r0"))
     while True:
         record_episode(client)
         client.sync()
@@ -155,7 +209,7 @@ def test_a_robot_killed_while_sending_loses_and_repeats_nothing(tmp_path: Path, 
     process.join()
     spool = Spool(tmp_path / "spool", max_bytes=2**24)
     spooled = {closed.episode_id: closed.sha256 for closed in spool.pending()}
-    client = EdgeClient("r0", spool, plane.ingest)
+    client = EdgeClient("r0", spool, EmbeddedServer(plane.catalog, plane.objects, "r0"))
     client.sync()
     assert client.sync().waiting == len(spooled)
     committed = _committed(plane)

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from infra.coordinator import Coordinator
 from infra.episode import Episode, decode
-from infra.events import OutboxLog
+from infra.events.outbox import OutboxLog
 from infra.fleet.features import FEATURES
 from infra.fleet.scene import ACTION_DIM
 from infra.fleet.tasks import TASKS

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ import pytest
 import sqlalchemy as sa
 from deployment import Deployment
 from invariants import assert_invariants, open_plane
+from serving import Process, Served, serving
 
 from infra.catalog import schema
-from infra.errors import UnavailableError
+from infra.edge.server import Upload
+from infra.errors import ConfigError, UnavailableError
 from infra.fleet import robot as robot_module
 from infra.fleet.robot import Robot, RobotConfig, main, spawn_robot
 from infra.settings import Settings, load_settings
@@ -104,8 +108,10 @@ def test_row_33_a_policy_published_in_mid_episode_waits_for_the_boundary(
     deployment.coordinate()
     assert [episode.policy_version for episode in deployment.episodes()] == [1, 2, 2]
     with deployment.plane.catalog.read() as connection:
-        (row,) = connection.execute(sa.select(schema.measurements)).all()
-    assert (row.name, row.subject, row.version) == ("publish_to_active_s", "r0", 2) and row.value > 0
+        staged, active = connection.execute(sa.select(schema.measurements).order_by(schema.measurements.c.id)).all()
+    assert (staged.name, active.name) == ("publish_to_staged_s", "publish_to_active_s")
+    assert {(row.subject, row.version) for row in (staged, active)} == {("r0", 2)}
+    assert 0 < staged.value <= active.value
 
 
 @pytest.mark.parametrize("damage", ["tampered", "of another embodiment"])
@@ -145,14 +151,14 @@ def test_a_full_spool_stops_collection_until_there_is_room(
     robot = make(deployment, settings, episodes=2)
     robot.client.spool.max_bytes = 90_000  # one episode, not two
     said: list[str] = []
-    submit = robot.client._ingest.submit
+    submit = robot.client._ingest.submit_many
 
-    def unreachable(*arguments: object) -> object:
+    def unreachable(uploads: Sequence[Upload]) -> object:
         if "stopped: full" not in said:
             raise UnavailableError("the ingest service is away", "wait")
-        return submit(*arguments)  # type: ignore[arg-type]
+        return submit(uploads)
 
-    monkeypatch.setattr(robot.client._ingest, "submit", unreachable)
+    monkeypatch.setattr(robot.client._ingest, "submit_many", unreachable)
     monkeypatch.setattr(robot_module, "_say", lambda message, level=0, **fields: said.append(message))
     stop = threading.Event()
     coordinator = deployment.coordinate_until(stop)
@@ -197,6 +203,82 @@ def test_a_killed_robot_loses_only_the_unfinished_attempt(deployment: Deployment
     numbers = [episode.extra["number"] for episode in deployment.episodes()]
     assert len(set(numbers)) == len(numbers) >= 3
     assert len({episode.extra["seed"] for episode in deployment.episodes()}) == len(numbers)
+
+
+def given_a_url_and_a_token(
+    deployment: Deployment, served: Served, monkeypatch: pytest.MonkeyPatch, home: Path, name: str = "r0"
+) -> Settings:
+    """What a robot has that has nothing else but the public keys."""
+    shutil.copytree(deployment.home / "keys" / "trusted", home / "keys" / "trusted")
+    monkeypatch.setenv("LWD_INGEST_URL", served.url)
+    monkeypatch.setenv("LWD_ROBOT_TOKEN", served.enrol(name))
+    monkeypatch.setenv("LWD_PROFILE", "fleet")
+    monkeypatch.setenv("LWD_POLL_S", "0.02")
+    return load_settings(home=home)
+
+
+def test_a_robot_needs_a_url_a_token_and_public_keys_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment, home, stop = Deployment(tmp_path / "server"), tmp_path / "robot", threading.Event()
+    deployment.publish()
+    with serving(deployment.home) as served:
+        given_a_url_and_a_token(deployment, served, monkeypatch, home)
+        token = os.environ["LWD_ROBOT_TOKEN"]
+        robot = spawn_robot(home, RobotConfig("r0", ("S1",), episodes=2, drain_s=60.0))
+        coordinator = deployment.coordinate_until(stop)
+        assert robot.wait(120) == 0
+        stop.set()
+        coordinator.join()
+    assert [episode.policy_version for episode in deployment.episodes()] == [1, 1]
+    assert {path.name for path in home.iterdir()} == {"keys", "logs", "robots", "spool"}  # no catalog, no store
+    assert list((home / "spool" / "r0" / "closed").iterdir()) == []
+    assert token.partition(".")[2] not in "".join(path.read_text() for path in (home / "logs").iterdir())
+    with deployment.plane.catalog.read() as connection:
+        row = connection.execute(sa.select(schema.robots)).one()
+    assert (row.robot_id, row.episodes, row.active_version, row.details["ended"]) == ("r0", 2, 1, True)
+    assert row.details["spool_episodes"] == 0 and row.details["spool_limit"] > row.details["spool_bytes"]
+
+
+def test_a_robot_goes_on_while_its_server_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    deployment, stop = Deployment(tmp_path / "server"), threading.Event()
+    deployment.publish()
+    service = Process(deployment.home)
+    service.start()
+    settings = given_a_url_and_a_token(deployment, service.served, monkeypatch, tmp_path / "robot")
+    robot = Robot(RobotConfig("r0", ("S1",), drain_s=0.0), settings, stop)
+    thread = threading.Thread(target=robot.run)
+    thread.start()
+
+    def said(message: str) -> int:
+        return sum(record.getMessage() == message for record in list(caplog.records))
+
+    try:
+        until(lambda: _committed(deployment) >= 1)
+        service.kill()
+        until(lambda: said("offline") == 1)
+        before, committed = said("episode"), _committed(deployment)
+        until(lambda: said("episode") > before)  # the policy that it has is good enough
+        assert _committed(deployment) == committed
+        service.start()
+        until(lambda: said("online again") >= 1 and _committed(deployment) > committed)
+    finally:
+        stop.set()
+        thread.join(60)
+        service.kill()
+    spooled = {path.name.split(".")[0] for path in (settings.spool_dir / "r0" / "closed").iterdir()}
+    deployment.coordinate()
+    assert {episode.episode_id for episode in deployment.episodes()} <= spooled  # nothing is confirmed yet
+
+
+def test_a_robot_with_another_robots_token_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment = Deployment(tmp_path / "server")
+    with serving(deployment.home) as served:
+        settings = given_a_url_and_a_token(deployment, served, monkeypatch, tmp_path / "robot", name="r1")
+        robot = Robot(RobotConfig("r0", ("S1",), drain_s=0.0), settings, threading.Event())
+        with pytest.raises(ConfigError, match="the token is of robot r1, the request says robot 'r0'"):
+            robot.run()
 
 
 def _committed(deployment: Deployment) -> int:

@@ -25,6 +25,13 @@ def make_bundle(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def make_base(path: Path, seed: int = 0) -> Path:
+    """A base: the frozen weights that several policies complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"b": np.random.default_rng(seed).normal(size=(64, 32)).astype(np.float32)}, path)
+    return path
+
+
 @dataclass
 class Channel:
     """Publisher, registry and robots of one home."""
@@ -42,10 +49,10 @@ class Channel:
         self.registry = Registry(self.plane.catalog, self.signer, cards=self.home / "cards")
         self.source = CatalogPolicySource(self.plane.catalog, self.plane.objects)
 
-    def publish(self, cohort: str | None = "learning", seed: int | None = None) -> int:
+    def publish(self, cohort: str | None = "learning", seed: int | None = None, base: Path | None = None) -> int:
         self._count = getattr(self, "_count", 0) + 1
         bundle = make_bundle(self.home / f"export-{self._count}", self._count if seed is None else seed)
-        return self.publisher.publish(bundle, cohort=cohort)
+        return self.publisher.publish(bundle, cohort=cohort, base=base)
 
     def robot(self, name: str = "r0", cohort: str = "learning") -> PolicySubscriber:
         return PolicySubscriber(self.home / "robots" / name, cohort, self.source, self.trust)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policies import make_bundle
+from policies import make_base, make_bundle
 
 from infra.errors import ConfigError, UntrustedPolicyError
-from infra.policy.artifact import MANIFEST, SIGNATURE, Manifest, seal, verify
+from infra.policy.artifact import BASE, MANIFEST, SIGNATURE, FileEntry, Manifest, file_sha256, seal, verify
 from infra.policy.keys import Signer, create_keys, load_signer, load_trusted
 
 
@@ -77,6 +79,57 @@ def test_a_manifest_cannot_name_a_file_outside_the_bundle(tmp_path: Path) -> Non
     document = json.loads((bundle / MANIFEST).read_text())
     document["files"]["../../evil.json"] = document["files"]["architecture.json"]
     with pytest.raises(UntrustedPolicyError, match="evil"):
+        Manifest.parse(json.dumps(document).encode(), "manifest")
+
+
+def test_a_manifest_signed_before_there_were_bases_still_holds(tmp_path: Path) -> None:
+    bundle, signer = sealed(tmp_path)
+    document = json.loads((bundle / MANIFEST).read_text())
+    assert "base" not in document  # what is signed without a base is byte for byte what it always was
+    manifest = verify(bundle, load_trusted(tmp_path / "keys"))
+    assert manifest.base is None
+    assert manifest.digest == hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
+    names = ("type", "version", "parent", "snapshot_version", "cohort", "architecture_sha256", "normaliser_sha256")
+    old = {name: document[name] for name in (*names, "files", "created_at")}
+    assert signer.sign(old) == (bundle / SIGNATURE).read_text()
+
+
+def test_a_policy_is_bound_to_its_base(tmp_path: Path) -> None:
+    signer, bundle = create_keys(tmp_path / "keys"), make_bundle(tmp_path / "bundle")
+    base = make_base(tmp_path / "base.safetensors")
+    entry = FileEntry(file_sha256(base), base.stat().st_size)
+    options = {"version": 1, "parent": None, "snapshot_version": 0, "cohort": "learning"}
+    seal(bundle, signer, **options, base=entry)  # type: ignore[arg-type]
+    trust = load_trusted(tmp_path / "keys")
+    with pytest.raises(UntrustedPolicyError, match=r"missing or foreign files: base\.safetensors"):
+        verify(bundle, trust)
+    shutil.copy(base, bundle / BASE)
+    manifest = verify(bundle, trust)
+    assert manifest.base is not None and manifest.base.sha256 == entry.sha256 and BASE not in manifest.files
+    seal(bundle, signer, **options, base=entry)  # type: ignore[arg-type]  # a fetched bundle, published again
+    for other in (make_base(tmp_path / "other.safetensors", seed=1).read_bytes(), base.read_bytes()[:-1]):
+        (bundle / BASE).write_bytes(other)
+        with pytest.raises(UntrustedPolicyError, match=r"base\.safetensors"):
+            verify(bundle, trust)
+        with pytest.raises(ConfigError, match="not the base of this policy"):
+            seal(bundle, signer, **options, base=entry)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"name": "base.safetensors", "sha256": "../../../" + "0" * 55, "size": 4},
+        {"name": "base.safetensors", "sha256": "0" * 64, "size": 0},
+        {"name": "base.safetensors", "sha256": "0" * 64, "size": 2**40},
+        {"name": "../base.safetensors", "sha256": "0" * 64, "size": 4},
+        {"name": "base.safetensors"},
+        "base.safetensors",
+    ],
+)
+def test_a_manifest_cannot_name_a_base_that_none_may_be(tmp_path: Path, base: object) -> None:
+    bundle, _ = sealed(tmp_path)
+    document = json.loads((bundle / MANIFEST).read_text()) | {"base": base}
+    with pytest.raises(UntrustedPolicyError):
         Manifest.parse(json.dumps(document).encode(), "manifest")
 
 

@@ -221,6 +221,26 @@ def test_a_robot_that_changes_cohort_starts_anew_there(channel: Channel) -> None
     assert production.poll() == 1
 
 
+def test_a_robot_that_comes_back_to_a_cohort_replays_nothing_there(channel: Channel) -> None:
+    for _ in range(3):
+        channel.publish()
+    channel.registry.promote(1, {})
+    first = channel.source.announcements("production", 0)
+    channel.registry.promote(2, {})
+    for cohort, version in (("production", 2), ("canary", 2)):
+        robot = channel.robot(cohort=cohort)
+        assert robot.poll() == version
+        robot.activate_at_boundary()
+    root = channel.home / "robots" / "r0"
+    replaying = PolicySubscriber(root, "production", Replaying(channel, first), channel.trust)
+    with pytest.raises(UntrustedPolicyError, match="replay"):
+        replaying.poll()
+    back = channel.robot(cohort="production")
+    assert versions(back) == (2, None)  # the same bundle, approved there before
+    channel.registry.promote(3, {})
+    assert back.poll() == 3
+
+
 def test_a_state_file_of_another_hand_is_refused(channel: Channel) -> None:
     root = channel.home / "robots" / "r0"
     root.mkdir(parents=True)
@@ -259,6 +279,15 @@ def _rollback(home: Path) -> None:
     Channel(home).registry.rollback(actor="ann", reason="worse")
 
 
+def _try(home: Path) -> None:
+    Channel(home).registry.register_candidate(2, proposer="ann")
+
+
+def _refuse(home: Path) -> None:
+    Channel(home).registry.end_trial(2, {}, decision="refuse")
+
+
+IN_TEST_BASES = {"policy.base_stored", "policy.base_kept"}
 CRASHES = {
     "policy.objects_stored": (_publish, False),
     "policy.row_inserted": (_publish, False),
@@ -266,11 +295,13 @@ CRASHES = {
     "registry.promoted": (_promote, False),
     "registry.promotion_announced": (_promote, True),
     "registry.rolled_back": (_rollback, False),
+    "registry.candidate_registered": (_try, False),
+    "registry.trial_ended": (_refuse, False),
 }
 
 
 def test_every_crash_point_of_the_channel_is_reached_here() -> None:
-    assert set(CRASHES) == set(registered("policy/"))
+    assert set(CRASHES) | IN_TEST_BASES == set(registered("policy/"))
 
 
 @pytest.mark.parametrize("point", CRASHES)
@@ -282,8 +313,10 @@ def test_row_36_a_kill_leaves_everything_or_nothing(tmp_path: Path, point: str) 
     if work is _rollback:
         before.registry.promote(1, {})
         before.registry.promote(2, {})
-    elif work is _promote:
+    elif work is not _publish:
         before.registry.promote(1, {})
+    if work is _refuse:
+        before.registry.register_candidate(2, proposer="ann")
     counts = _counts(before)
     before.plane.catalog.close()
     assert in_process(work, tmp_path, crash=point) == -9
@@ -291,11 +324,13 @@ def test_row_36_a_kill_leaves_everything_or_nothing(tmp_path: Path, point: str) 
     if not done:
         assert in_process(work, tmp_path) == 0  # repeated, it completes once
     after = Channel(tmp_path)
-    expected = {_publish: (1, 0, 1), _promote: (0, 1, 2), _rollback: (0, 1, 2)}[work]
+    expected = {_publish: (1, 0, 1), _promote: (0, 1, 2), _rollback: (0, 1, 2), _try: (0, 1, 1), _refuse: (0, 1, 1)}[
+        work
+    ]
     assert tuple(b - a for a, b in zip(counts, _counts(after), strict=True)) == expected
     assert [policy["version"] for policy in after.registry.policies()] == list(range(counts[0] + expected[0], 0, -1))
-    cohort = "learning" if work is _publish else "production"
-    assert after.robot("fresh", cohort).poll() == {_publish: 3, _promote: 2, _rollback: 1}[work]
+    cohort = {_publish: "learning", _try: "canary", _refuse: "canary"}.get(work, "production")
+    assert after.robot("fresh", cohort).poll() == {_publish: 3, _promote: 2, _rollback: 1, _try: 2, _refuse: 1}[work]
 
 
 def _counts(channel: Channel) -> tuple[int, ...]:

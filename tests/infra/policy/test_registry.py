@@ -131,10 +131,57 @@ def test_a_promotion_leaves_a_card(channel: Channel) -> None:
     text = (channel.home / "cards" / "policy-00002.md").read_text()
     for wanted in ("# Policy 2", "0.9 [0.79, 0.96]", "| S1 |", "rollback target: policy 1", "misses the handle", "bob"):
         assert wanted in text
-    assert channel.registry.history()[-1]["evidence"]["card"] == document
+    assert channel.registry.history()[-1]["evidence"] == {"card": document, "at_snapshot": 0}
 
 
-def test_the_audit_cannot_be_rewritten(channel: Channel) -> None:
+@pytest.mark.parametrize(
+    "statement",
+    [sa.update(schema.promotions).values(proposer="someone else"), sa.delete(schema.promotions)],
+    ids=["update", "delete"],
+)
+def test_the_audit_cannot_be_rewritten(channel: Channel, statement: sa.Executable) -> None:
     channel.registry.promote(1, EVIDENCE)
     with pytest.raises(sa.exc.DBAPIError, match="append-only"), channel.plane.catalog.begin() as connection:
-        connection.execute(sa.update(schema.promotions).values(proposer="someone else"))
+        connection.execute(statement)
+    assert [row["proposer"] for row in channel.registry.history()] == ["gate"]
+
+
+def test_one_candidate_is_on_trial_at_a_time(channel: Channel) -> None:
+    registry = channel.registry
+    registry.promote(1, EVIDENCE)
+    registry.register_candidate(3, proposer="ann")
+    registry.register_candidate(3, proposer="ann")  # repeated after a kill
+    assert kinds(channel, "canary") == [("promote", 1), ("publish", 3)]
+    with pytest.raises(ConfigError, match="policy 3 is on trial"):
+        registry.register_candidate(4, proposer="ann")
+
+
+@pytest.mark.parametrize(("decision", "status"), [("refuse", "refused"), ("withdraw", "candidate")])
+def test_a_trial_ends_once_and_the_champion_comes_back(channel: Channel, decision: str, status: str) -> None:
+    registry = channel.registry
+    registry.promote(1, EVIDENCE)
+    registry.register_candidate(2, proposer="ann")
+    assert registry.end_trial(2, {"reasons": ["why"]}, decision=decision)  # type: ignore[arg-type]
+    assert not registry.end_trial(2, {}, decision=decision)  # type: ignore[arg-type]
+    assert kinds(channel, "canary")[-1] == ("rollback", 1)
+    assert aliases(registry) == (1, None, None)
+    row = registry.history()[-1]
+    assert (row["decision"], row["evidence"]["reasons"], row["from_version"]) == (decision, ["why"], 1)
+    assert next(p["status"] for p in registry.policies() if p["version"] == 2) == status
+    with pytest.raises(ConfigError, match="not on trial"):
+        registry.promote(2 if status == "candidate" else 3, EVIDENCE, on_trial=True)
+    if status == "candidate":
+        registry.register_candidate(2, proposer="ann")
+        assert channel.robot("c", "canary").poll() == 2
+
+
+def test_a_trial_that_went_well_is_recorded_once_and_goes_on(channel: Channel) -> None:
+    registry = channel.registry
+    registry.promote(1, EVIDENCE)
+    assert not registry.pass_trial(2, {})
+    registry.register_candidate(2, proposer="ann")
+    assert registry.pass_trial(2, {"reasons": ["safe"]}) and registry.pass_trial(2, {})
+    assert [row["decision"] for row in registry.history()] == ["promote", "canary", "safe"]
+    assert aliases(registry) == (1, None, 2)
+    registry.promote(2, EVIDENCE, on_trial=True)
+    assert aliases(registry) == (2, 1, None)

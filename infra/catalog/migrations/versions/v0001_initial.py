@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from infra.catalog.dialect import append_only_ddl
+from infra.catalog.dialect import append_only_ddl, remove_append_only_ddl
 
 revision = "0001"
 down_revision = None
@@ -231,3 +231,6 @@ def downgrade() -> None:
     op.drop_table("episodes")
     op.drop_table("consumer_offsets")
     # ### end Alembic commands ###
+    for table in ("promotions", "snapshots"):
+        for statement in remove_append_only_ddl(op.get_bind().dialect.name, table):
+            op.execute(statement)

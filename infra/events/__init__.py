@@ -1,4 +1,9 @@
-"""The log of committed episodes. An event is a claim check: where the object is and what it must be; not its bytes."""
+"""The log of committed episodes. An event is a claim check: where the object is and what it must be; not its bytes.
+
+Ingest's transaction writes events to the `outbox` table. In the local profile that table is itself the log (`outbox`);
+in a fleet a relay (`relay`) publishes it to Kafka (`kafka`). Consumers keep their offsets in the catalog, in the
+transaction that commits the events' effects.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,8 @@ from typing import Protocol
 
 import sqlalchemy as sa
 
-from infra.catalog import Catalog, dialect
-from infra.catalog.schema import consumer_offsets, outbox
+from infra.catalog import dialect, schema
+from infra.catalog.schema import consumer_offsets
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,9 @@ class Event:
     """One committed episode, announced.
 
     Attributes:
-        offset: place in its partition; increases, with holes.
+        offset: place in its partition, from 1; increases, with holes.
         partition: 0 where the log has one.
+        trace_id: W3C traceparent of the episode's way, or any text of up to 64 characters.
     """
 
     offset: int
@@ -32,27 +38,37 @@ class Event:
     partition: int = 0
 
 
-class EventLog(Protocol):
-    """An ordered log read at least once; Kafka comes as another class with this method."""
+@dataclass(frozen=True)
+class DeadLetter:
+    """A record of the log that is no event: kept with its reason, so that the partition advances past it.
 
-    def poll(self, consumer: str, max_events: int) -> list[Event]:
-        """Up to `max_events` events after the consumer's stored offsets, in order within each partition.
+    Attributes:
+        offset, partition: its place.
+        payload: what it held, cut to 4 KiB, undecodable bytes escaped.
+        reason: what is wrong with it.
+    """
+
+    offset: int
+    partition: int
+    payload: str
+    reason: str
+
+
+class EventLog(Protocol):
+    """An ordered log read at least once."""
+
+    name: str  # of the log, as recorded with its dead letters
+
+    def poll(self, consumer: str, max_events: int) -> list[Event | DeadLetter]:
+        """Up to `max_events` records after the consumer's stored offsets, in order within each partition.
 
         Reading moves nothing: `store_offsets` does, in the transaction that commits the events' effects.
         """
 
+    def lag(self, consumer: str) -> int:
+        """How many records the consumer has not settled yet."""
 
-class OutboxLog:
-    """The catalog's outbox table as the log itself: written by ingest's transaction, read with stored offsets."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-
-    def poll(self, consumer: str, max_events: int) -> list[Event]:
-        with self._catalog.read() as connection:
-            position = stored_offsets(connection, consumer).get(0, 0)
-            query = sa.select(outbox).where(outbox.c.seq > position).order_by(outbox.c.seq).limit(max_events)
-            return [_event(row) for row in connection.execute(query)]
+    def close(self) -> None: ...
 
 
 def announce(
@@ -68,7 +84,7 @@ def announce(
 ) -> None:
     """Append to the outbox, in the transaction that commits the episode."""
     connection.execute(
-        outbox.insert().values(
+        schema.outbox.insert().values(
             episode_id=episode_id,
             robot_id=robot_id,
             key=key,
@@ -96,14 +112,7 @@ def store_offsets(connection: sa.Connection, consumer: str, positions: Mapping[i
             dialect.upsert(connection, consumer_offsets, values)
 
 
-def _event(row: sa.Row[tuple[object, ...]]) -> Event:
-    return Event(
-        offset=row.seq,
-        episode_id=row.episode_id,
-        robot_id=row.robot_id,
-        key=row.key,
-        sha256=row.sha256,
-        size=row.size,
-        schema_version=row.schema_version,
-        trace_id=row.trace_id,
-    )
+def reset_offsets(connection: sa.Connection, consumer: str, partition: int) -> None:
+    """Read a partition from its beginning again, after its log was lost; what is known already is absorbed."""
+    key = (consumer_offsets.c.consumer == consumer) & (consumer_offsets.c.partition == partition)
+    connection.execute(consumer_offsets.delete().where(key))

@@ -1,0 +1,184 @@
+"""Simulated robots without physics: real spools, real clients, each its own token; many in one process.
+
+    python -m bench.actors --home runs/soak/robots --tokens tokens.json --first 0 --count 4 --episodes 1000
+
+Every closed episode goes into `<home>/operations/<first>.jsonl`, fsynced, and so does every word of the server about
+it: what the history checker holds the system to. Killed at any moment, the same command goes on. A file `<home>/enough`
+ends the recording; what is in the spools is still sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.route import parse_route, take_route
+from bench.speed_fleet import episode
+from infra.edge.client import EdgeClient
+from infra.edge.framelog import Frame
+from infra.edge.remote import RemoteServer
+from infra.edge.spool import ClosedEpisode, Spool
+from infra.episode import Episode
+from infra.errors import StorageFullError
+from infra.process import die_with_parent, log_to, stop_on_signal
+from infra.settings import MIB
+
+STEPS = 24
+BACKLOG = 40  # closed episodes that a robot lets wait before it records another
+SPOOL_BYTES = 512 * MIB
+
+
+class OperationLog:
+    """Appended lines that survive a kill: `{"op": "closed" | "sent" | "confirmed" | "trouble", …}` with the time."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        self._handle = path.open("a")
+        self._lock = threading.Lock()
+        if torn:
+            self._handle.write("\n")
+
+    def write(self, op: str, *, durable: bool = False, **fields: Any) -> None:
+        with self._lock:
+            self._handle.write(json.dumps({"op": op, "at": time.time(), **fields}) + "\n")
+            self._handle.flush()
+            if durable:
+                os.fsync(self._handle.fileno())
+
+
+def made(rng: np.random.Generator, robot: str, width: int | None = None, *, breach: bool = False) -> Episode:
+    """A short episode that keeps the contract, or with `breach` breaks it.
+
+    Args:
+        width: values of an observation beyond those of the scene, for larger payloads (`bench.fleet.check_scene`).
+    """
+    whole = episode(rng)
+    observations, actions = whole.observations[: STEPS + 1], whole.actions[:STEPS]
+    if width:
+        observations = np.hstack([observations, rng.standard_normal((STEPS + 1, width), np.float32)])
+    if breach:
+        actions = actions + 2.0
+    return replace(
+        whole,
+        robot_id=robot,
+        observations=observations,
+        actions=actions,
+        rewards=np.eye(1, STEPS, STEPS - 1, dtype=np.float32)[0],
+        intervention=np.zeros(STEPS, bool),
+        timestamps=whole.timestamps[: STEPS + 1],
+    )
+
+
+class Actor:
+    """One robot: records episodes at a pace, or as fast as its backlog allows, until it has recorded enough."""
+
+    def __init__(self, options: Any, number: int, server: RemoteServer, log: OperationLog) -> None:
+        self._robot, self._log, self._options = f"a{number}", log, options
+        spool = options.home / "spool" / self._robot
+        self._spool = Spool(spool, max_bytes=SPOOL_BYTES, fsync_s=60.0)
+        self._client = EdgeClient(self._robot, self._spool, server, poll_s=options.poll, on_event=self._event)
+        self._count = options.home / "operations" / f"{self._robot}.count"
+        self._closed = int(self._count.read_text()) if self._count.exists() else 0
+        self._rng = np.random.default_rng([options.seed, number, self._closed])
+        self._end = time.monotonic() + options.seconds if options.seconds else float("inf")
+        for closed in self._spool.pending():  # those of a killed life whose line was not written
+            self._tell(closed)
+
+    def run(self, stop: threading.Event) -> None:
+        self._client.start()
+        pace = self._options.pace
+        due = time.monotonic() + float(self._rng.uniform(0, pace))
+        while not stop.is_set() and not self._enough():
+            wait = min(max(0.0, due - time.monotonic()), 0.5)
+            if len(self._spool.pending()) >= BACKLOG or wait:
+                stop.wait(wait or 0.05)
+                continue
+            due = max(due + float(self._rng.exponential(pace)), time.monotonic() - pace) if pace else 0.0
+            try:
+                self._record()
+            except StorageFullError:
+                stop.wait(0.5)
+        while not stop.is_set() and self._spool.pending():
+            stop.wait(0.1)
+        self._client.stop()
+        self._spool.release()
+
+    def _enough(self) -> bool:
+        over = time.monotonic() > self._end or (self._options.home / "enough").exists()
+        return over or self._closed >= self._options.episodes
+
+    def _record(self) -> None:
+        breach = bool(self._rng.random() < self._options.breach)
+        done = made(self._rng, self._robot, self._options.width, breach=breach)
+        self._client.begin(done.task, done.instruction, source="online", policy_version=1, episode_id=done.episode_id)
+        for t in range(done.steps):
+            self._client.record(
+                Frame(done.observations[t], done.actions[t], float(done.rewards[t]), False, done.timestamps[t])
+            )
+        began = time.time()
+        closed = self._client.close(done.observations[-1], done.timestamps[-1], done.outcome, done.substep_scores)
+        self._tell(closed, began=began)
+        self._closed += 1
+        aside = self._count.with_suffix(".tmp")
+        aside.write_text(str(self._closed))
+        os.replace(aside, self._count)  # a kill between truncation and writing would begin anew
+
+    def _tell(self, closed: ClosedEpisode, **fields: Any) -> None:
+        self._log.write("closed", durable=True, robot=self._robot, id=closed.episode_id, sha256=closed.sha256,
+                        bytes=closed.size, **fields)  # fmt: skip
+
+    def _event(self, event: str, fields: dict[str, Any]) -> None:
+        if event in ("sent", "confirmed"):
+            self._log.write(event, robot=self._robot, id=fields["episode_id"])
+        else:
+            self._log.write(event, robot=self._robot, **fields)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path, required=True, help="JSON: robot -> token")
+    parser.add_argument("--url", required=True, help="of the ingest service")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--episodes", type=int, required=True, help="of each robot, in all its lives")
+    parser.add_argument("--seconds", type=float, help="record no longer than this")
+    parser.add_argument("--pace", type=float, default=0.0, help="mean seconds between two episodes; 0 is at once")
+    parser.add_argument("--poll", type=float, default=0.2, help="pause between two looks of a client, seconds")
+    parser.add_argument("--width", type=int, help="further values of an observation, for larger payloads")
+    parser.add_argument("--breach", type=float, default=0.0, help="share of episodes that break the contract")
+    parser.add_argument("--route", type=parse_route, default={}, help="PORT=PORT,…: connect to another port instead")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parent", type=int)
+    options = parser.parse_args()
+    if options.parent:
+        die_with_parent(options.parent)
+    stop = stop_on_signal()
+    take_route(options.route)
+    log_to(options.home / "logs", f"actors-{options.first}")
+    tokens = json.loads(options.tokens.read_text())
+    log = OperationLog(options.home / "operations" / f"{options.first}.jsonl")
+    threads = []
+    for number in range(options.first, options.first + options.count):
+        robot = f"a{number}"
+        actor = Actor(options, number, RemoteServer(options.url, tokens[robot], robot_id=robot), log)
+        threads.append(threading.Thread(target=actor.run, args=(stop,), name=robot))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return 1 if stop.is_set() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""A candidate on trial: watched at real work, sent back by itself when it does harm; its reach is bounded.
+
+Only robots of the canary cohort ever run it. `start` refuses a cohort larger than the canary's file allows, and a look
+that finds more robots, or `episodes.max` episodes without an answer, ends the trial. All that is known lies in the
+catalog: a watcher that was killed goes on where it was, and of several only one acts. `python -m flows.canary` watches
+whatever is on trial, for as long as it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.canary_gate import DEFAULT_CANARY, Answer, CanarySpec, TrialDecision, decide_trial, load_canary
+from flows.canary_trial import Trial, canary_robots, episodes_of, find_trial, refused_of
+from flows.deployment import Deployment, deployment
+from infra import metrics
+from infra.episode import decode
+from infra.errors import ConfigError, CorruptDataError, LwdError
+from infra.process import die_with_parent, log_to, patiently, stop_on_signal
+
+POLL_S = 2.0
+PROPOSER = "canary"
+Acted = Literal["", "refused", "withdrawn", "promoted", "safe"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at a trial: what was decided and done. `robots` are those of the canary cohort."""
+
+    trial: Trial
+    robots: tuple[str, ...]
+    decision: TrialDecision
+    acted: Acted = ""
+
+    @property
+    def answer(self) -> Answer:
+        return self.decision.answer
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The episodes by task, as a table."""
+        table = self.decision.evidence["per_task"]
+        return [
+            {"task": task}
+            | {
+                f"{name} (v{version})": f"{row[name]['k']}/{row[name]['n']}, {row[f'{name}_takeovers']} takeovers"
+                for name, version in (("candidate", self.trial.version), ("champion", self.trial.champion))
+            }
+            for task, row in table.items()
+        ]
+
+
+def start(plane: Deployment, spec: CanarySpec, version: int, *, proposer: str = "operator") -> list[str]:
+    """Put a candidate on trial; one that is on trial already is left as it is. Returns the canary cohort's robots.
+
+    Raises:
+        ConfigError: no champion to come back to or nothing to compare with, more robots than allowed, the candidate
+            had its episodes, or the registry does not let it on trial.
+    """
+    if plane.registry.alias("canary") == version:
+        return robots(plane)
+    found, limit = robots(plane), spec.reach.robots
+    if len(found) > limit:
+        raise ConfigError(
+            f"{len(found)} robots are in the canary cohort ({', '.join(found)}), the canary's file allows {limit}",
+            "start the others with another --cohort, or raise reach.robots",
+        )
+    champion = plane.registry.alias("champion")
+    if champion is None:
+        raise ConfigError("there is no champion to compare with and to come back to", "promote one: `lwd promote`")
+    with plane.catalog.read() as connection:
+        earlier, during = episodes_of(connection, find_trial(connection, version, champion), spec.episodes.max)
+    ran = sum(episode.candidate for episode in during)
+    known = len(earlier) + len(during) - ran
+    if ran >= spec.episodes.max:
+        raise ConfigError(
+            f"policy {version} has had {ran} canary episodes, the canary's file allows {spec.episodes.max}",
+            "publish a new policy, or raise episodes.max: what was seen goes on to count",
+        )
+    if spec.baseline is None and known < spec.episodes.min:
+        raise ConfigError(
+            f"the champion, policy {champion}, has {known} episodes by production and canary robots since it was "
+            f"promoted; {spec.episodes.min} are needed to compare with",
+            "let it work first, or give a baseline in the canary's file",
+        )
+    plane.registry.register_candidate(version, proposer=proposer)
+    return found
+
+
+def stop_trial(plane: Deployment, reason: str, *, actor: str = "operator") -> int:
+    """End the trial, whatever it shows: the champion comes back, the candidate stays one; its version.
+
+    Raises:
+        ConfigError: nothing is on trial.
+    """
+    version = plane.registry.alias("canary")
+    if version is None or not plane.registry.end_trial(
+        version, {"reasons": [reason]}, decision="withdraw", proposer=actor
+    ):
+        raise ConfigError("no policy is on trial", "start one: `lwd canary VERSION`")
+    return version
+
+
+class Watcher:
+    """Looks at whatever is on trial, and acts on what it sees.
+
+    Args:
+        plane: the deployment.
+        spec: the canary's file.
+    """
+
+    def __init__(self, plane: Deployment, spec: CanarySpec) -> None:
+        self._plane = plane
+        self._spec = spec
+        self._refused_by: dict[int, int | None] = {}  # row of the quarantine -> policy that ran the episode
+
+    def look(self) -> Look | None:
+        """One look; None when nothing is on trial (any more).
+
+        Raises:
+            UnavailableError: a server is away; look again later.
+        """
+        version, champion = self._plane.registry.alias("canary"), self._plane.registry.alias("champion")
+        if version is None or champion is None:
+            return None
+        with self._plane.catalog.read() as connection:
+            trial = find_trial(connection, version, champion)
+            earlier, during = episodes_of(connection, trial, self._spec.episodes.max)
+            found = canary_robots(connection)
+            held = refused_of(connection, trial, found)
+        baseline = self._spec.baseline
+        tasks = sorted(baseline.success if baseline is not None else {episode.task for episode in earlier})
+        decision = decide_trial(self._spec, [*earlier, *during], tasks, self._refused(held, version))
+        if len(found) > self._spec.reach.robots and decision.answer is not Answer.HARM:
+            reason = f"{len(found)} robots are in the canary cohort, {self._spec.reach.robots} allowed"
+            decision = replace(decision, answer=Answer.STOP, reasons=(reason, *decision.reasons))
+        return self._act(Look(trial, tuple(found), decision))
+
+    def _act(self, look: Look) -> Look | None:
+        version, decision, registry = look.trial.version, look.decision, self._plane.registry
+        evidence = decision.evidence | {"verdict": str(decision.answer), "reasons": list(decision.reasons)}
+        acted: Acted = ""
+        if decision.answer in (Answer.HARM, Answer.STOP):
+            end: Literal["refuse", "withdraw"] = "refuse" if decision.answer is Answer.HARM else "withdraw"
+            if not registry.end_trial(version, evidence, decision=end, proposer=PROPOSER):
+                return None
+            acted = "refused" if end == "refuse" else "withdrawn"
+        elif decision.answer is Answer.SAFE and self._spec.automatic and not self._plane.settings.approval:
+            try:
+                registry.promote(version, evidence, proposer=PROPOSER, on_trial=True)
+            except ConfigError:
+                if registry.alias("canary") == version:
+                    raise
+                return None  # somebody else was first
+            acted = "promoted"
+        elif decision.answer is Answer.SAFE:
+            if not registry.pass_trial(version, evidence, proposer=PROPOSER):
+                return None
+            acted = "safe"
+        return replace(look, acted=acted)
+
+    def _refused(self, held: Sequence[tuple[int, str]], version: int) -> int:
+        """How many of the quarantine's rows are episodes that the candidate ran."""
+        for number, key in held:
+            if number not in self._refused_by:
+                try:
+                    self._refused_by[number] = decode(self._plane.objects.get(key), name=key).policy_version
+                except CorruptDataError:  # the store's fault, not the policy's
+                    self._refused_by[number] = None
+        return sum(self._refused_by[number] == version for number, _ in held)
+
+
+def watch(
+    plane: Deployment,
+    spec: CanarySpec,
+    *,
+    poll_s: float = POLL_S,
+    stop: threading.Event | None = None,
+    on_look: Callable[[Look], None] | None = None,
+) -> Look | None:
+    """Look until there is an answer; the last look, or None when the trial was ended by somebody else.
+
+    Servers that are away are waited for. With `stop` set, the last look is a CONTINUE.
+    """
+    watcher, halt = Watcher(plane, spec), stop or threading.Event()
+    while True:
+        look = patiently(watcher.look, halt)
+        if look is not None and on_look is not None:
+            on_look(look)
+        if look is None or look.answer is not Answer.CONTINUE or halt.wait(poll_s):
+            return look
+
+
+def robots(plane: Deployment) -> list[str]:
+    """The robots of the canary cohort."""
+    with plane.catalog.read() as connection:
+        return canary_robots(connection)
+
+
+def _show(look: Look | None) -> None:
+    """As metrics."""
+    if look is None:
+        metrics.CANARY_EPISODES.forget()
+        metrics.CANARY_ROBOTS.forget()
+        return
+    metrics.CANARY_LOOKS.inc(result=str(look.answer).lower())
+    metrics.CANARY_EPISODES.set(sum(row["candidate"]["n"] for row in look.decision.evidence["per_task"].values()))
+    metrics.CANARY_ROBOTS.set(len(look.robots))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m flows.canary`: watch whatever is put on trial, until SIGTERM; exit code of the error otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m flows.canary", description="Watch what is on trial.")
+    parser.add_argument("--home", type=Path, required=True, help="the deployment")
+    parser.add_argument("--gate", type=Path, default=DEFAULT_CANARY, help="the canary's file")
+    parser.add_argument("--poll", type=float, default=POLL_S, help="seconds between two looks")
+    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
+    options = parser.parse_args(arguments)
+    if options.parent:
+        die_with_parent(options.parent)
+    stop = stop_on_signal()
+    try:
+        spec = load_canary(options.gate)
+        with deployment(options.home) as plane:
+            log_to(plane.settings.logs_dir, "canary")
+            metrics.serve(plane.settings, "canary")
+            watcher, told = Watcher(plane, spec), ""
+            while not stop.is_set():
+                look = patiently(watcher.look, stop)
+                _show(look)
+                said = "" if look is None else f"policy {look.trial.version}: {look.answer}"
+                if look is not None and said != told:
+                    level = logging.WARNING if look.acted in ("refused", "withdrawn") else logging.INFO
+                    log.log(level, "%s: %s", said, look.decision.reasons[0], extra={"fields": {"acted": look.acted}})
+                told = said
+                stop.wait(options.poll)
+    except LwdError as error:
+        print(f"canary: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The processes of an online stage: what each is started with, in either profile.
+
+Local: coordinator, learner and robots share the catalog. Fleet: a relay carries the outbox to Kafka, robots know the
+ingest service alone, and a reconciler looks after what servers lose.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from infra.service.auth import Tokens
+
+from flows.deployment import Deployment
+from flows.params import Params
+from infra.fleet.robot import RobotConfig, robot_command, robot_environment
+from infra.supervisor import ProcessSpec
+
+CHECK = "data_contracts.checks:default_check"
+RECONCILE_S = 60.0  # pause between two passes, seconds
+_TOKEN_DAYS = 30.0
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def server_specs(home: Path, profile: str) -> list[ProcessSpec]:
+    """What takes episodes in: the coordinator, and in a fleet also service, relay and reconciler."""
+    specs = [_spec("coordinator", "infra.coordinator", home, "--check", CHECK, "--standby")]
+    if profile == "fleet":
+        specs += [
+            _spec("service", "infra.service", home),
+            _spec("relay", "infra.events.relay", home),
+            _spec("reconciler", "infra.reconcile", home, "--every", str(RECONCILE_S)),
+            _spec("canary", "flows.canary", home),
+        ]
+    return specs
+
+
+def learner_spec(home: Path, params: Params, params_path: Path) -> ProcessSpec:
+    """The learner, with as many threads as `workers`."""
+    spec = _spec("learner", "flows.online_learner", home, "--params", str(params_path))
+    return replace(spec, env={"OMP_NUM_THREADS": str(params.workers)})
+
+
+def robot_specs(plane: Deployment, params: Params) -> list[ProcessSpec]:
+    """The simulated robots; each begins with another task, so that a short run covers all of them."""
+    p, settings = params.online, plane.settings
+    specs = []
+    for number in range(p.robots):
+        tasks = params.tasks[number % len(params.tasks) :] + params.tasks[: number % len(params.tasks)]
+        config = RobotConfig(f"r{number}", tasks, seed=params.seed, operator=p.operator, pace=p.pace, drain_s=30.0)
+        home, env = settings.home, robot_environment()
+        if settings.profile == "fleet":
+            home, env = _robots_home(plane), env | _credentials(plane, config)
+        command = [*robot_command(home, config), "--parent", str(os.getpid())]
+        specs.append(ProcessSpec(f"robot-{config.robot_id}", command, env))
+    return specs
+
+
+def _robots_home(plane: Deployment) -> Path:
+    """A robot's own folder, here shared by the simulated ones: no database or store keys, only the public ones."""
+    home, keys = plane.settings.home / "fleet", plane.settings.keys_dir
+    shutil.copytree(keys / "trusted", home / "keys" / "trusted", dirs_exist_ok=True)
+    return home
+
+
+def _credentials(plane: Deployment, config: RobotConfig) -> dict[str, str]:
+    settings = plane.settings
+    tokens = Tokens(plane.catalog)
+    tokens.revoke(config.robot_id)  # the token of an earlier run was in that run's environment only
+    token = tokens.enrol(config.robot_id, config.cohort, days=_TOKEN_DAYS, actor="online flow")
+    scheme = "https" if settings.ingest_cert else "http"
+    url = settings.ingest_url or f"{scheme}://{settings.ingest_host}:{settings.ingest_port}"
+    env = {"LWD_INGEST_URL": url, "LWD_ROBOT_TOKEN": token, "LWD_PROFILE": "fleet"}
+    return env | ({"LWD_INGEST_CA": str(settings.ingest_ca)} if settings.ingest_ca else {})
+
+
+def _spec(name: str, module: str, home: Path, *arguments: str) -> ProcessSpec:
+    command = [sys.executable, "-m", module, "--home", str(home), *arguments, "--parent", str(os.getpid())]
+    return ProcessSpec(name, command, _ONE_THREAD)

@@ -1,0 +1,137 @@
+"""A robot's contact with its server: new policies, signs of life, latencies. None of it is worth waiting for.
+
+While the server is away the robot goes on with what it has; it is asked again ever less often, at random intervals, so
+that a fleet does not return all at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from infra.edge.server import Heartbeat, Latency, RobotServer
+from infra.edge.spool import Spool
+from infra.errors import LwdError, StorageFullError, UnavailableError, UntrustedPolicyError
+from infra.policy.subscriber import ActivePolicy, PolicySubscriber
+from infra.process import backoff
+
+_HEARTBEAT_S = 1.0  # an idle robot says so at least this often
+_AWAY_MAX_S = 10.0  # between two looks at a server that is away
+_log = logging.getLogger("lwd.robot")
+
+
+def say(message: str, level: int = logging.INFO, **fields: Any) -> None:
+    """One line of the robot's log."""
+    _log.log(level, message, extra={"fields": fields})
+
+
+class Contact:
+    """Asks and tells the server.
+
+    Args:
+        server: the port.
+        subscriber, spool, tasks: of the robot, for its signs of life.
+        poll_s: first pause when the server is away, seconds.
+
+    Attributes:
+        refusal: why the robot does not take the policy that it is to run; empty while it does.
+    """
+
+    def __init__(
+        self, server: RobotServer, subscriber: PolicySubscriber, spool: Spool, tasks: Sequence[str], poll_s: float
+    ) -> None:
+        self._server = server
+        self._subscriber = subscriber
+        self._spool = spool
+        self._tasks = list(tasks)
+        self._poll_s = poll_s
+        self.refusal = ""
+        self._told: tuple[object, ...] = ()
+        self._told_at = 0.0
+        self._failures = 0  # in a row
+        self._ask_at = 0.0  # by the monotonic clock: not before
+
+    def poll(self, *, waited_for: bool, keep_refusal: bool) -> None:
+        """Stage the policy that was announced last, if the server is there.
+
+        Args:
+            waited_for: the robot has a policy, so that the way of the next one is worth a measurement.
+            keep_refusal: a policy that was staged could not be loaded, and that is still so.
+
+        Raises:
+            StorageFullError: no room on this robot's disk.
+            ConfigError: this robot's token is another one's.
+        """
+        if time.monotonic() < self._ask_at:
+            return
+        before = self._subscriber.staged
+        try:
+            self._subscriber.poll()
+            if not keep_refusal:
+                self.refusal = ""
+        except UntrustedPolicyError as error:
+            self.refuse(error)
+        except UnavailableError as error:
+            self._away(error)
+            return
+        self._reached()
+        staged = self._subscriber.staged
+        if waited_for and staged is not None and staged != before:
+            self.measure("publish_to_staged_s", staged)
+
+    def refuse(self, error: LwdError) -> None:
+        """A policy cannot be taken: said once for each reason, not at every boundary."""
+        if error.problem != self.refusal:
+            self.refusal = error.problem
+            say("policy refused", logging.ERROR, problem=error.problem)
+
+    def heartbeat(self, closed: int, ended: bool = False) -> None:
+        """Say how this robot is, if there is news or the last word was a while ago; a lost word is no harm.
+
+        Args:
+            closed: its episodes.
+            ended: this is its last word.
+        """
+        active, staged = self._subscriber.active, self._subscriber.staged
+        told = (active, staged, closed, self.refusal, ended)
+        now = time.monotonic()
+        if now < self._ask_at or (told == self._told and now - self._told_at < _HEARTBEAT_S):
+            return
+        details = {
+            "pid": os.getpid(),
+            "tasks": self._tasks,
+            "refused": self.refusal[:1000] or None,
+            "spool_bytes": self._spool.used_bytes(),
+            "spool_limit": self._spool.max_bytes,
+            "spool_episodes": len(self._spool.pending()),
+            "ended": ended,
+        }
+        versions = (active.version if active else None, staged.version if staged else None)
+        try:
+            self._server.heartbeat(Heartbeat(*versions, closed, details))
+        except (UnavailableError, StorageFullError) as error:
+            self._away(error)
+            return
+        self._told, self._told_at = told, now
+        self._reached()
+
+    def measure(self, name: Latency, policy: ActivePolicy) -> None:
+        """Record how long a policy's announcement took until now."""
+        try:
+            self._server.measure(name, policy.version, policy.announced_at)
+        except (UnavailableError, StorageFullError) as error:
+            self._away(error)
+
+    def _away(self, error: LwdError) -> None:
+        if not self._failures:
+            say("offline", logging.WARNING, problem=error.problem)
+        self._failures += 1
+        self._ask_at = time.monotonic() + backoff(self._failures, self._poll_s, _AWAY_MAX_S)
+
+    def _reached(self) -> None:
+        if self._failures:
+            say("online again", failures=self._failures)
+        self._failures = 0

@@ -1,0 +1,169 @@
+"""Robots' credentials: one token for each robot, shown once, kept as a digest, expiring and revocable.
+
+A token is `<token id>.<secret>`: 16 hex digits that name its row, and 256 random bits of which the catalog has the
+sha256 alone. Robot and cohort are those of the row: a robot cannot say that it is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from infra.catalog import Catalog, dialect
+from infra.catalog.schema import robot_tokens
+from infra.edge.server import RefusedError
+from infra.errors import ConfigError
+from infra.objects import ROBOT_ID
+from infra.policy.artifact import COHORTS
+
+CACHE_S = 2.0  # a revoked or expired token is accepted at most this much longer
+TOKEN = re.compile(r"([0-9a-f]{16})\.([A-Za-z0-9_-]{43})")
+_DAY_S = 86400.0
+_CACHED = 4096
+_ENROL = "enrol the robot with `lwd robots enrol` and give it the token as LWD_ROBOT_TOKEN"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose token it is."""
+
+    robot_id: str
+    cohort: str
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A token as it may be shown: everything but the token. Times are seconds since the epoch."""
+
+    token_id: str
+    robot_id: str
+    cohort: str
+    actor: str
+    created_at: float
+    expires_at: float
+    revoked_at: float | None
+    state: str  # valid | expired | revoked
+
+
+class Tokens:
+    """The tokens of one deployment. Safe for threads.
+
+    Args:
+        catalog: where their digests are.
+        cache_s: how long a token that was good is believed without asking the catalog again, seconds.
+    """
+
+    def __init__(self, catalog: Catalog, *, cache_s: float = CACHE_S) -> None:
+        self._catalog = catalog
+        self._cache_s = cache_s
+        self._good: dict[bytes, tuple[Identity, float]] = {}  # sha256 of a whole token -> whose, until when
+        self._lock = threading.Lock()
+
+    def enrol(self, robot_id: str, cohort: str, *, days: float, actor: str) -> str:
+        """Make a token; it is nowhere else, and cannot be shown again. Tokens that the robot has stay valid.
+
+        Args:
+            days: how long it is valid.
+            actor: who enrols the robot, for the list.
+
+        Raises:
+            ConfigError: a name is malformed, the cohort unknown, or `days` not positive.
+        """
+        if not ROBOT_ID.fullmatch(robot_id):
+            raise ConfigError(f"robot id {robot_id!r} is not a plain name", "use letters, digits, '-', '_', '.'")
+        if cohort not in COHORTS:
+            raise ConfigError(f"unknown cohort {cohort!r}", f"use one of: {', '.join(COHORTS)}")
+        if not 0 < days <= 3660:
+            raise ConfigError(f"a token valid for {days} days", "give between 0 and 3660 days")
+        if not 0 < len(actor) <= 64:
+            raise ConfigError(f"actor {actor!r}", "name who enrols the robot, in up to 64 characters")
+        token_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+        with self._catalog.begin() as connection:
+            at = dialect.now(connection)
+            row = {
+                "token_id": token_id,
+                "robot_id": robot_id,
+                "cohort": cohort,
+                "sha256": _digest(secret),
+                "actor": actor,
+                "created_at": at,
+                "expires_at": at + days * _DAY_S,
+            }
+            connection.execute(sa.insert(robot_tokens).values(row))
+        return f"{token_id}.{secret}"
+
+    def revoke(self, robot_id: str, token_id: str | None = None) -> int:
+        """Refuse a robot's tokens, or one of them, from now on; how many were valid.
+
+        Services refuse them at most `CACHE_S` seconds later.
+        """
+        one = sa.true() if token_id is None else robot_tokens.c.token_id == token_id
+        with self._catalog.begin() as connection:
+            at = dialect.now(connection)
+            found = connection.execute(
+                sa.update(robot_tokens)
+                .where(robot_tokens.c.robot_id == robot_id, robot_tokens.c.revoked_at.is_(None), one)
+                .values(revoked_at=at)
+                .returning(robot_tokens.c.expires_at)
+            ).scalars()
+            return sum(expires > at for expires in found)
+
+    def list(self) -> list[TokenRow]:
+        """Every token, by robot, the newest first."""
+        with self._catalog.read() as connection:
+            at = dialect.now(connection)
+            query = sa.select(robot_tokens).order_by(robot_tokens.c.robot_id, robot_tokens.c.created_at.desc())
+            return [
+                TokenRow(
+                    row.token_id, row.robot_id, row.cohort, row.actor, row.created_at, row.expires_at, row.revoked_at,
+                    "revoked" if row.revoked_at is not None else "expired" if row.expires_at <= at else "valid",
+                )
+                for row in connection.execute(query)
+            ]  # fmt: skip
+
+    def verify(self, token: str | None) -> Identity:
+        """Whose token it is.
+
+        Raises:
+            RefusedError: missing, malformed, unknown, expired or revoked. That it is one of the last two is told
+                only to who has the secret.
+        """
+        parts = TOKEN.fullmatch(token or "")
+        if token is None or parts is None:
+            raise RefusedError(f"the request has {'no' if not token else 'a malformed'} robot token", _ENROL)
+        name = hashlib.sha256(token.encode()).digest()
+        with self._lock:
+            cached = self._good.get(name)
+        if cached is not None and time.monotonic() < cached[1]:
+            return cached[0]
+        identity = self._look_up(*parts.groups())
+        with self._lock:
+            if len(self._good) >= _CACHED:
+                self._good.clear()
+            self._good[name] = (identity, time.monotonic() + self._cache_s)
+        return identity
+
+    def _look_up(self, token_id: str, secret: str) -> Identity:
+        with self._catalog.read() as connection:
+            at = dialect.now(connection)
+            row = connection.execute(sa.select(robot_tokens).where(robot_tokens.c.token_id == token_id)).first()
+        # An unknown id takes as long as a wrong secret.
+        same = hmac.compare_digest(_digest(secret), row.sha256 if row is not None else "0" * 64)
+        if row is None or not same:
+            raise RefusedError("the robot token is unknown", _ENROL)
+        if row.revoked_at is not None:
+            raise RefusedError(f"the token of robot {row.robot_id} was revoked", _ENROL)
+        if row.expires_at <= at:
+            raise RefusedError(f"the token of robot {row.robot_id} has expired", _ENROL)
+        return Identity(row.robot_id, row.cohort)
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

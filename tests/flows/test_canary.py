@@ -1,0 +1,426 @@
+"""Row 34: a candidate that does harm is sent back by itself, a sound one is not, and its reach is bounded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "policy"))
+from canary_fleet import QUICK, TASKS, Fleet, at_work
+from invariants import KILLED, start_process
+
+from flows.canary import Look, Watcher, main, robots, start, stop_trial, watch
+from flows.canary_gate import (
+    DEFAULT_CANARY,
+    Answer,
+    AtWork,
+    CanarySpec,
+    decide_trial,
+    harmful,
+    load_canary,
+    weigh,
+)
+from flows.deployment import Deployment, deployment
+from infra.catalog import dialect, schema
+from infra.errors import ConfigError
+
+
+def changed(**sections: object) -> CanarySpec:
+    return CanarySpec.model_validate(load_canary().model_dump() | sections)
+
+
+@pytest.fixture(scope="module")
+def spec() -> CanarySpec:
+    return load_canary()
+
+
+# --- the decision -----------------------------------------------------------------------------------------------------
+
+
+def simulated(
+    spec: CanarySpec, new: object, old: object, trials: int, seed: int, takeovers: tuple[float, float] = (0.05, 0.05)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether HARM was ever shown, and SAFE, within the bound: (S,) each, robots running the tasks in turn.
+
+    `new` and `old` are success rates by task; asked after every pair, since all evidence is the largest so far.
+    """
+    rng = np.random.default_rng(seed)
+    task = np.arange(spec.episodes.max) % len(TASKS)
+    shape = (trials, spec.episodes.max)
+    won = (rng.random(shape) < np.asarray(new)[task]).astype(float) - (rng.random(shape) < np.asarray(old)[task])
+    took = (rng.random(shape) < takeovers[0]).astype(float) - (rng.random(shape) < takeovers[1])
+    found = weigh(spec, won, took, task, len(TASKS))
+    return harmful(spec, found), found.safe >= 1 / spec.alpha
+
+
+CHAMPION = np.array([0.65, 0.8, 0.85, 0.9])
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.05])
+def test_a_sound_candidate_is_hardly_ever_sent_back(spec: CanarySpec, loss: float) -> None:
+    """At most alpha, also at the worst that is allowed: success lower, and takeovers higher, by just the margins."""
+    rise = 0.05 + spec.interventions.margin if loss else 0.05
+    harm, _ = simulated(spec, CHAMPION - loss, CHAMPION, 2000, seed=1, takeovers=(rise, 0.05))
+    assert harm.mean() <= spec.alpha
+
+
+def test_a_drop_is_found_within_the_bound(spec: CanarySpec) -> None:
+    harm, safe = simulated(spec, CHAMPION - 0.3, CHAMPION, 300, seed=2)
+    assert harm.mean() >= 0.95 and safe.mean() <= spec.alpha
+    early, _ = simulated(changed(episodes={"min": 30, "planned": 60, "max": 60}), CHAMPION - 0.3, CHAMPION, 300, seed=3)
+    assert early.mean() >= 0.5
+
+
+def test_one_ruined_task_and_a_rise_of_takeovers_are_found(spec: CanarySpec) -> None:
+    ruined, _ = simulated(spec, CHAMPION - [0, 0, 0.8, 0], CHAMPION, 200, seed=4)
+    assert ruined.mean() >= 0.9
+    helped, _ = simulated(spec, CHAMPION, CHAMPION, 200, seed=5, takeovers=(0.45, 0.05))
+    assert helped.mean() >= 0.9
+
+
+def test_safe_is_said_of_equals_and_hardly_ever_of_worse(spec: CanarySpec) -> None:
+    _, equal = simulated(spec, CHAMPION, CHAMPION, 300, seed=6)
+    _, worse = simulated(spec, CHAMPION - spec.safe.margin, CHAMPION, 2000, seed=7)
+    assert equal.mean() >= 0.75 and worse.mean() <= spec.alpha
+
+
+def ran(rate: float, n: int, seed: int, candidate: bool, takeovers: float = 0.0) -> list[AtWork]:
+    """n episodes over the tasks in turn."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        intervened = bool(rng.random() < takeovers)
+        out.append(AtWork(TASKS[i % 4], bool(rng.random() < rate) and not intervened, intervened, candidate))
+    return out
+
+
+def test_the_answers(spec: CanarySpec) -> None:
+    champion = ran(0.8, 200, 1, False)
+
+    def ask(rate: float, n: int, refused: int = 0, takeovers: float = 0.0, spec: CanarySpec = spec) -> tuple[str, str]:
+        decision = decide_trial(spec, champion + ran(rate, n, 2, True, takeovers), TASKS, refused)
+        json.dumps(decision.evidence, allow_nan=False)
+        return str(decision.answer), decision.reasons[0]
+
+    assert ask(0.8, 0)[0] == "CONTINUE" and "0 pairs" in ask(0.8, 0)[1]
+    assert ask(1.0, spec.episodes.min - 1)[0] == "CONTINUE"
+    assert ask(1.0, 60)[0] == "SAFE"
+    assert ask(0.3, 80)[0] == "HARM" and "success: shown to be lower" in ask(0.3, 80)[1]
+    assert ask(0.8, 2, refused=4)[0] == "HARM" and "4 episodes refused by the contract, 3 allowed" in ask(0.8, 2, 4)[1]
+    assert ask(0.8, 20, refused=3)[0] == "CONTINUE"
+    assert ask(0.68, 200)[0] == "STOP" and "bound of 200" in ask(0.68, 200)[1]
+    assert ask(1.0, 120, takeovers=0.6)[0] == "HARM"
+
+
+def test_tasks_of_which_nobody_has_a_pair_hold(spec: CanarySpec) -> None:
+    decision = decide_trial(spec, ran(0.5, 100, 1, False) + ran(1.0, 100, 2, True), (*TASKS, "L1"))
+    assert decision.answer is Answer.CONTINUE and "no pair of episodes yet of L1" in decision.reasons
+
+
+def test_a_given_baseline_needs_no_champion(spec: CanarySpec) -> None:
+    given_rates = changed(baseline={"success": dict.fromkeys(TASKS, 0.8), "interventions": 0.05})
+    assert decide_trial(given_rates, ran(0.8, 190, 3, True), TASKS).answer is Answer.SAFE
+    decision = decide_trial(given_rates, ran(0.4, 80, 4, True), TASKS)
+    assert decision.answer is Answer.HARM and decision.evidence["per_task"]["S1"]["baseline"] == 0.8
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_pairs_are_only_ever_added(data: st.DataObject, spec: CanarySpec) -> None:
+    """However the two policies' episodes interleave, later ones leave the pairs of earlier ones as they were, so that
+    the evidence is one gambler's wealth and not a new gambler's at each look."""
+    from flows.canary_gate import _pairs
+
+    episode = st.builds(AtWork, st.sampled_from(TASKS), st.booleans(), st.booleans(), st.booleans())
+    episodes = data.draw(st.lists(episode, max_size=40))
+    whole = _pairs(spec, episodes)
+    for cut in range(len(episodes)):
+        assert _pairs(spec, episodes[:cut]) == whole[: len(_pairs(spec, episodes[:cut]))]
+    assert len(whole) == sum(
+        min(sum(e.task == t and e.candidate for e in episodes), sum(e.task == t and not e.candidate for e in episodes))
+        for t in TASKS
+    )
+
+
+def test_a_typo_in_the_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "canary.yaml"
+    path.write_text(DEFAULT_CANARY.read_text().replace("  margin: 0.15", "  margn: 0.15"))
+    with pytest.raises(ConfigError, match="did you mean 'margin'"):
+        load_canary(path)
+    path.write_text(DEFAULT_CANARY.read_text().replace("baseline: null", "baseline: {success: {S1: 1.5}}"))
+    with pytest.raises(ConfigError, match=r"baseline\.success\.S1"):
+        load_canary(path)
+    path.write_text(DEFAULT_CANARY.read_text().replace("baseline: null", "baseline: {success: {S1: 0.5}, interv: 1}"))
+    with pytest.raises(ConfigError, match="did you mean 'interventions'"):
+        load_canary(path)
+
+
+# --- at work ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with deployment(tmp_path / "home") as plane:
+        yield at_work(plane)
+
+
+def decisions(plane: Deployment) -> list[str]:
+    return [row["decision"] for row in plane.registry.history()]
+
+
+def test_row_34_a_canary_that_regresses_comes_back_and_production_never_saw_it(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    assert start(plane, spec, 2) == ["c0"]
+    watcher, looks = Watcher(plane, spec), []
+    while not looks or looks[-1].answer is Answer.CONTINUE:
+        fleet.run("c0", [False, False])
+        fleet.run("p0", [True])
+        look = watcher.look()
+        assert look is not None
+        looks.append(look)
+    assert (
+        looks[-1].answer is Answer.HARM and looks[-1].acted == "refused" and "success" in looks[-1].decision.reasons[0]
+    )
+    assert looks[-1].decision.evidence["episodes"] < spec.episodes.max
+    assert watcher.look() is None
+    assert fleet.boundary("c0") == 1
+    for name in ("p0", "p1"):
+        fleet.boundary(name)
+    assert fleet.history == {"p0": [1], "p1": [1], "c0": [1, 2, 1], "l0": []}
+    row = plane.registry.history()[-1]
+    assert (row["decision"], row["version"], row["proposer"]) == ("refuse", 2, "canary")
+    assert row["evidence"]["verdict"] == "HARM" and row["evidence"]["per_task"]["S1"]["candidate"]["n"] > 0
+    with pytest.raises(ConfigError, match="was refused"):
+        start(plane, spec, 2)
+
+
+def test_a_sound_canary_is_eligible_and_stays_until_somebody_decides(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    fleet.run("c0", [True] * 30)
+    looks: list[Look] = []
+    look = watch(plane, spec, on_look=looks.append)
+    assert look is not None and look.answer is Answer.SAFE and look.acted == "safe" and looks == [look]
+    assert plane.registry.alias("canary") == 2 and plane.registry.alias("champion") == 1
+    assert look.rows()[0]["candidate (v2)"].endswith("0 takeovers")
+    watch(plane, spec)
+    assert decisions(plane) == ["promote", "canary", "safe"]
+
+
+@pytest.mark.parametrize("approval", [False, True])
+def test_an_automatic_canary_promotes_unless_a_person_must_approve(
+    fleet: Fleet, approval: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane, spec = fleet.plane, changed(**QUICK, automatic=True)
+    start(plane, spec, 2)
+    fleet.run("c0", [True] * 30)
+    if approval:
+        plane = replace(plane, settings=plane.settings.model_copy(update={"approval": True}))
+    look = watch(plane, spec)
+    assert look is not None and look.acted == ("safe" if approval else "promoted")
+    assert plane.registry.alias("champion") == (1 if approval else 2)
+    if not approval:
+        assert fleet.boundary("p0") == 2 and fleet.boundary("c0") == 2
+        card = plane.registry.history()[-1]["evidence"]["card"]
+        assert card["proposer"] == "canary" and card["evidence"]["verdict"] == "SAFE"
+        assert (plane.settings.home / "cards" / "policy-00002.md").read_text().count("| S1 |") == 1
+
+
+def test_the_reach_is_bounded_by_episodes(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK | {"safe": {"margin": 0.0}})
+    start(plane, spec, 2)
+    fleet.run("c0", [number % 10 != 3 for number in range(40)])
+    look = watch(plane, spec)
+    assert look is not None and look.answer is Answer.STOP and look.acted == "withdrawn"
+    assert fleet.boundary("c0") == 1
+    assert next(p["status"] for p in plane.registry.policies() if p["version"] == 2) == "candidate"
+    with pytest.raises(ConfigError, match="has had 40 canary episodes, the canary's file allows 40"):
+        start(plane, spec, 2)
+    longer = changed(**QUICK | {"episodes": {"min": 10, "planned": 20, "max": 60}})
+    start(plane, longer, 2)  # what was seen goes on to count
+    look = Watcher(plane, longer).look()
+    assert look is not None and look.decision.evidence["episodes"] == 40
+
+
+def test_the_reach_is_bounded_by_robots(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    for name in ("c1", "c2"):
+        fleet.robot(name, "canary")
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.answer is Answer.STOP and look.acted == "withdrawn"
+    assert "3 robots are in the canary cohort, 2 allowed" in look.decision.reasons[0]
+    with pytest.raises(ConfigError, match=r"3 robots are in the canary cohort \(c0, c1, c2\)"):
+        start(plane, spec, 2)
+    assert plane.registry.alias("canary") is None
+
+
+def test_an_enrolled_robot_counts_before_it_was_seen_and_a_revoked_one_no_more(fleet: Fleet) -> None:
+    def enrol(robot: str, cohort: str, *, expires: float = 60.0, revoked: bool = False) -> None:
+        with fleet.plane.catalog.begin() as connection:
+            at = dialect.now(connection)
+            values = {"token_id": f"{robot}-{cohort}", "robot_id": robot, "cohort": cohort, "sha256": "0" * 64,
+                      "actor": "ann", "created_at": at, "expires_at": at + expires,
+                      "revoked_at": at if revoked else None}  # fmt: skip
+            connection.execute(sa.insert(schema.robot_tokens).values(values))
+
+    assert robots(fleet.plane) == ["c0"]
+    enrol("c9", "canary")
+    assert robots(fleet.plane) == ["c0", "c9"]
+    enrol("c0", "canary", revoked=True)
+    enrol("c8", "canary", expires=-1.0)
+    assert robots(fleet.plane) == ["c9"]
+    enrol("c0", "production")
+    assert robots(fleet.plane) == ["c9"]
+
+
+def test_episodes_that_the_contract_refused_count_as_harm(fleet: Fleet) -> None:
+    """They are in no snapshot: without this, a policy whose every episode is refused would look untried."""
+    plane, spec = fleet.plane, changed(**QUICK)
+    fleet.run("c0", [True] * 5, steps=3)  # the champion's, before
+    start(plane, spec, 2)
+    watcher = Watcher(plane, spec)
+    fleet.run("c0", [True] * 3, steps=3)
+    look = watcher.look()
+    assert look is not None and look.answer is Answer.CONTINUE and look.decision.evidence["safety"] == {"refused": 3}
+    fleet.run("c0", [True], steps=3)
+    look = watcher.look()
+    assert look is not None and look.answer is Answer.HARM and "refused by the contract" in look.decision.reasons[0]
+
+
+def test_a_success_with_help_is_none_and_learning_robots_do_not_count(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    helped = np.array([False, True, True, False])
+    fleet.run("c0", [True] * 8, intervention=helped)
+    fleet.subscribers["l0"], fleet.history["l0"] = fleet.subscribers["c0"], []
+    fleet.run("l0", [True] * 8)
+    look = Watcher(plane, spec).look()
+    assert look is not None
+    table = look.decision.evidence["per_task"].values()
+    assert sum(row["candidate"]["n"] for row in table) == 8 and sum(row["candidate"]["k"] for row in table) == 0
+    assert sum(row["candidate_takeovers"] for row in table) == 8
+
+
+def test_a_trial_needs_a_champion_that_has_worked(fleet: Fleet, tmp_path: Path) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    plane.registry.promote(2, {})
+    third = fleet.publish()
+    with pytest.raises(ConfigError, match="has 0 episodes by production and canary robots since it was promoted"):
+        start(plane, spec, third)
+    baseline = {"success": dict.fromkeys(TASKS, 0.9)}
+    assert start(plane, changed(**QUICK, baseline=baseline), third) == ["c0"]
+    with deployment(tmp_path / "new") as other, pytest.raises(ConfigError, match="no champion"):
+        start(other, spec, 1)
+
+
+def test_a_person_ends_a_trial(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    with pytest.raises(ConfigError, match="no policy is on trial"):
+        stop_trial(plane, "not yet")
+    start(plane, spec, 2)
+    assert fleet.boundary("c0") == 2
+    assert stop_trial(plane, "hesitates", actor="ann") == 2
+    assert fleet.boundary("c0") == 1 and watch(plane, spec) is None
+    assert plane.registry.history()[-1]["evidence"]["reasons"] == ["hesitates"]
+
+
+def test_another_decision_ends_the_watch(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    assert watch(plane, spec, poll_s=0.0, on_look=lambda look: plane.registry.promote(2, {}) and None) is None
+
+
+def test_a_watcher_that_is_killed_goes_on(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    home = plane.settings.home
+    file = home / "canary.yaml"
+    file.write_text(json.dumps(spec.model_dump()))  # JSON is YAML
+    start(plane, spec, 2)
+    fleet.run("c0", [False] * 4)
+    arguments = ["--home", str(home), "--gate", str(file), "--poll", "0.02"]
+    first = start_process(main, arguments)
+    wait_for(lambda: "CONTINUE" in log_of(home))
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    assert first.exitcode == KILLED and plane.registry.alias("canary") == 2
+    fleet.run("c0", [False] * 20)
+    second = start_process(main, arguments)
+    wait_for(lambda: plane.registry.alias("canary") is None)
+    second.terminate()
+    second.join(60)
+    assert second.exitcode == 0
+    assert decisions(plane) == ["promote", "canary", "refuse"] and "HARM" in log_of(home)
+
+
+def log_of(home: Path) -> str:
+    path = home / "logs" / "canary.jsonl"
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition: object, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+# --- flow and command -------------------------------------------------------------------------------------------------
+
+
+def test_the_flow_starts_a_trial_and_goes_on_with_it(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import promote
+
+    made: dict[str, object] = {}
+    monkeypatch.setattr(promote, "create_table_artifact", lambda rows, **fields: made.update({fields["key"]: rows}))
+    monkeypatch.setattr(promote, "create_markdown_artifact", lambda text, **fields: made.update({fields["key"]: text}))
+    plane, home = fleet.plane, fleet.plane.settings.home
+    file = home / "canary.yaml"
+    file.write_text(json.dumps(changed(**QUICK).model_dump()))
+    start(plane, load_canary(file), 2)  # by a run that was killed
+    fleet.run("c0", [False] * 30)
+    answer = promote.canary.fn(str(home), gate=str(file), poll_s=0.0)
+    assert (answer["version"], answer["answer"], answer["acted"]) == (2, "HARM", "refused")
+    assert "HARM" in str(made["canary-answer"]) and made["canary"] == answer["rows"]
+
+
+def test_the_command(fleet: Fleet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from flows.canary_command import canary
+    from flows.cli import guarded
+
+    monkeypatch.setenv("COLUMNS", "160")
+    app = typer.Typer()
+    app.command()(canary)
+    home = fleet.plane.settings.home
+    file = home / "canary.yaml"
+    file.write_text(json.dumps(changed(**QUICK).model_dump()))
+
+    def lwd(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = guarded(lambda: app([str(word) for word in (*words, "--home", home)], standalone_mode=False))
+        return code, *capsys.readouterr()
+
+    code, _, messages = lwd("--once")
+    assert code == 2 and "no policy is on trial" in messages
+    start(fleet.plane, load_canary(file), 2)
+    fleet.run("c0", [True] * 2)
+    code, out, _ = lwd("--once", "--gate", file)
+    assert code == 10 and "CONTINUE: policy v2" in out and "S1" in out and "takeovers" in out
+    code, out, _ = lwd("--stop", "--reason", "enough", "--actor", "ann")
+    assert code == 0 and "v2 is no longer on trial" in out
+    assert fleet.plane.registry.history()[-1]["proposer"] == "ann"

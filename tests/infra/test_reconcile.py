@@ -1,0 +1,162 @@
+"""The reconciler: what a broker, a store or a crash left different is mended, by one process at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from invariants import Plane, digest, example_episode, in_process, open_plane, start_process
+from test_coordinator import coordinator, drain, members
+
+from infra.catalog.leases import Lease
+from infra.catalog.schema import episodes, outbox
+from infra.episode import encode
+from infra.errors import LeaseLostError, UnavailableError
+from infra.objects import incoming_key
+from infra.reconcile import ROLE, Reconciliation, main, reconcile, run
+
+
+@pytest.fixture
+def plane(tmp_path: Path) -> Plane:
+    return open_plane(tmp_path)
+
+
+def test_the_reconciler_announces_what_a_broker_lost(plane: Plane) -> None:
+    for number in range(3):
+        plane.submit(example_episode(number))
+    with plane.catalog.begin() as connection:
+        connection.execute(outbox.delete().where(outbox.c.episode_id != f"{1:032x}"))
+    drain(coordinator(plane))
+    assert members(plane) == {1}
+    assert reconcile(plane.catalog, plane.objects) == Reconciliation(0, 0, 0, 0)  # still within its grace
+    later = 2.0e10
+    assert reconcile(plane.catalog, plane.objects, now=later) == Reconciliation(2, 0, 0, 0)
+    drain(coordinator(plane))
+    assert members(plane) == {0, 1, 2}
+    assert reconcile(plane.catalog, plane.objects, now=later) == Reconciliation(0, 0, 0, 0)
+
+
+def test_the_reconciler_asks_for_lost_objects_and_sweeps_orphans(plane: Plane) -> None:
+    plane.submit(example_episode(1))
+    plane.submit(example_episode(2))
+    drain(coordinator(plane))
+    plane.submit(example_episode(3))
+    with plane.catalog.read() as connection:
+        key = connection.execute(sa.select(episodes.c.key).where(episodes.c.episode_id == f"{3:032x}")).scalar_one()
+    plane.objects.delete(key)
+    orphan = encode(example_episode(4))
+    for key in (upload := incoming_key("r0", f"{4:032x}")), incoming_key("r0", f"{4:032x}"):
+        plane.objects.put(key, orphan)
+    plane.objects.accept(upload, digest(orphan), len(orphan))
+    plane.objects.delete(upload)
+    assert reconcile(plane.catalog, plane.objects, now=2.0e10) == Reconciliation(0, 1, 1, 1)
+    assert plane.ingest.status(f"{3:032x}") == "unknown"
+    for number in (3, 4):  # what their spools do
+        plane.submit(example_episode(number))
+    drain(coordinator(plane))
+    assert members(plane) == {1, 2, 3, 4}
+
+
+def test_a_sweep_looks_at_any_number_of_objects(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.reconcile._BATCH", 3)
+    for number in range(4):
+        plane.submit(example_episode(number))
+    for number in range(5):
+        plane.objects.put(f"episodes/00/{number}.tar", b"x")
+    later = 2.0e10
+    quiet = reconcile(plane.catalog, plane.objects, now=later, sweep=False)
+    assert quiet.orphans_deleted == 0 and len(list(plane.objects.list("episodes"))) == 9
+    assert reconcile(plane.catalog, plane.objects, now=later).orphans_deleted == 5
+    assert len(list(plane.objects.list("episodes"))) == 4
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def announcements(plane: Plane) -> int:
+    with plane.catalog.read() as connection:
+        return int(connection.execute(sa.select(sa.func.count()).select_from(outbox)).scalar_one())
+
+
+def lose(plane: Plane, *numbers: int) -> None:
+    """Commit episodes whose announcement is lost, long ago."""
+    for number in numbers:
+        plane.submit(example_episode(number))
+    with plane.catalog.begin() as connection:
+        connection.execute(outbox.delete())
+        connection.execute(episodes.update().values(committed_at=1.0))
+
+
+def wait_for(condition: object, what: str) -> None:
+    for _ in range(1000):
+        if condition():  # type: ignore[operator]
+            return
+        time.sleep(0.02)
+    raise AssertionError(what)
+
+
+def test_two_reconcilers_announce_once_and_one_takes_over(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LWD_LEASE_S", "0.3")
+    lose(plane, 1, 2)
+    arguments = ["--home", str(plane.home), "--every", "0.1", "--grace", "60"]
+    workers = [start_process(main, arguments) for _ in range(2)]
+    try:
+        wait_for(lambda: announcements(plane) == 2, "nothing was announced")
+        with plane.catalog.read() as connection:
+            holder = str(connection.execute(sa.text("select holder from leases")).scalar_one())
+        first, second = sorted(workers, key=lambda worker: f":{worker.pid}:" not in holder)
+        first.kill()
+        first.join()
+        with plane.catalog.begin() as connection:
+            connection.execute(outbox.update().values(created_at=1.0))
+        wait_for(lambda: announcements(plane) == 4, "the second did not take over")
+        second.terminate()
+        second.join(60)
+        assert second.exitcode == 0
+        Lease(plane.catalog, ROLE, 1.0).acquire()  # given back
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    drain(coordinator(plane))
+    assert members(plane) == {1, 2}
+
+
+def test_a_server_that_is_away_is_waited_for(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose(plane, 1)
+    stop, failures = threading.Event(), [UnavailableError("the store answers 503", "wait")] * 3
+    whole = plane.objects.exists
+
+    def exists(key: str) -> bool:
+        if failures:
+            raise failures.pop()
+        stop.set()
+        return whole(key)
+
+    monkeypatch.setattr(plane.objects, "exists", exists)
+    monkeypatch.setattr("infra.reconcile.backoff", lambda attempt: 0.001)
+    run(plane.catalog, plane.objects, stop, every_s=0.01, grace_s=60.0)
+    assert announcements(plane) == 1
+
+
+def test_work_ends_when_another_took_the_lease(plane: Plane) -> None:
+    lose(plane, 1, 2, 3)
+    asked = []
+
+    def alive() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise LeaseLostError("taken", "wait")
+
+    with pytest.raises(LeaseLostError):
+        reconcile(plane.catalog, plane.objects, alive=alive)
+    assert announcements(plane) == 1
+
+
+def test_a_wrong_home_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "settings.yaml").write_text("profile: flet\n")
+    assert in_process(main, ["--home", str(tmp_path)]) == 2
+    assert "profile" in capfd.readouterr().err

@@ -1,0 +1,66 @@
+"""A very short offline pipeline's outputs, for tests of the online stage; and how they look at it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from flows.params import load_params
+from flows.stages.common import BUFFER, BUNDLE, CHECKPOINT, OFFLINE, SFT, agent_config, n_step, replay_for
+from infra.fleet.operator import ExpertOperator
+from infra.fleet.rollout import run_jobs
+from infra.fleet.sources import job_list
+from lwd_model.bundle import export_bundle
+from lwd_model.learner import Learner
+from lwd_model.normaliser import Normaliser
+from lwd_model.shards import write_buffer
+
+ROOT = Path(__file__).parents[1]
+UPDATES = 60
+
+
+def fill_workspace(folder: Path, updates: int = UPDATES) -> None:
+    """Write `params.yaml`, a buffer, and SFT and offline models into `folder`, the current folder."""
+    from bench.workspace import merged
+
+    small = {
+        "tasks": ["S1", "S2"],
+        "workers": 1,
+        "online": {"robots": 2, "pace": 0.0, "updates": updates, "updates_per_episode": 4, "publish_every": 10,
+                   "learner": {"batch": 16, "policy_batch": 8}},
+    }  # fmt: skip
+    params = merged(yaml.safe_load((ROOT / "params.yaml").read_text()), small)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    loaded = load_params(folder / "params.yaml")
+    expert = functools.partial(ExpertOperator, 0.15)
+    episodes = run_jobs(None, job_list(loaded.tasks, 2, 0, "demo"), source="demo", operator=expert)
+    write_buffer(episodes, BUFFER)
+    config = agent_config(loaded, batch=16, policy_batch=8)
+    learner = Learner(config, Normaliser.fit(e.observations for e in episodes))
+    replay = replay_for(config)
+    for episode in episodes:
+        replay.add(episode, n_step(episode.task, config.learner))
+    learner.fit(lambda rng: replay.sample(16, rng), 5, stage="sft")
+    learner.agent.start_rl()
+    for place in (SFT, OFFLINE):
+        export_bundle(learner.agent.deployed, learner.agent.normaliser, config.policy, place / BUNDLE)
+        learner.save(place / CHECKPOINT)
+
+
+def learner_status(home: Path) -> dict[str, int]:
+    """What the learner told last; empty before."""
+    path = home / "learner" / "status.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 180.0) -> None:
+    """Wait for `condition`; AssertionError if it does not come about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.05)

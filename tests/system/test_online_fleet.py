@@ -1,0 +1,98 @@
+"""The online stage in the fleet profile: every process and every server of it is killed; nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import sqlalchemy as sa
+from invariants import assert_invariants
+from short_pipeline import ROOT, fill_workspace, learner_status, wait_until
+
+from flows.deployment import deployment
+from infra.catalog import schema
+from infra.servers import Servers
+from infra.servers.server import free_port
+
+ROLES = {
+    "infra.service": "service",
+    "infra.events.relay": "relay",
+    "infra.coordinator": "coordinator",
+    "infra.reconcile": "reconciler",
+    "infra.prefetcher": "prefetcher",
+    "flows.online_learner": "learner",
+    "infra.fleet.robot": "robot",
+}
+SERVERS = ("kafka", "garage", "postgres")
+STEP = 8  # updates between two kills
+UPDATES = STEP * (len(ROLES) + len(SERVERS) + 2)
+
+
+def processes(parent: int) -> dict[str, psutil.Process]:
+    """The stage's processes by role."""
+    found = {}
+    for child in psutil.Process(parent).children(recursive=True):
+        try:
+            words = child.cmdline()
+        except psutil.Error:
+            continue
+        found |= {role: child for module, role in ROLES.items() if module in words}
+    return found
+
+
+def closed_by_robots(home: Path) -> set[str]:
+    """Ids of all episodes that the robots have closed in all their lives, from their own logs."""
+    logs = (home / "fleet" / "logs").glob("robot-*.jsonl")
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    return {line["episode_id"] for line in lines if line["message"] == "episode"}
+
+
+@pytest.mark.timeout(1200)
+def test_the_fleet_goes_on_when_each_process_and_each_server_is_killed(
+    tmp_path: Path, fleet_home: Path, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("LWD_INGEST_PORT", str(free_port()))
+    monkeypatch.setenv("LWD_LEASE_S", "3")
+    fill_workspace(tmp_path, updates=UPDATES)
+    command = [sys.executable, "-m", "flows.online", "--home", str(fleet_home)]
+    flow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def updates() -> int:
+        return learner_status(fleet_home).get("updates", 0)
+
+    try:
+        mark = 2
+        for role in ROLES.values():
+            wait_until(lambda m=mark: updates() >= m, 300)
+            wait_until(lambda r=role: r in processes(flow.pid))
+            os.kill(processes(flow.pid)[role].pid, signal.SIGKILL)
+            mark = updates() + STEP
+        for name in SERVERS:
+            wait_until(lambda m=mark: updates() >= m, 300)
+            getattr(servers, name).kill()
+            getattr(servers, name).start()
+            mark = updates() + STEP
+        out, _ = flow.communicate(timeout=600)
+    finally:
+        if flow.poll() is None:
+            flow.kill()
+    assert flow.returncode == 0
+    summary = json.loads(out)
+    assert (summary["unaccounted"], summary["updates"]) == (0, UPDATES)
+    assert all(summary["restarts"][name] >= 1 for name in ("service", "relay", "coordinator", "reconciler", "learner"))
+    closed = closed_by_robots(fleet_home)
+    with deployment(fleet_home) as plane, plane.catalog.read() as connection:
+        digests = dict(connection.execute(sa.select(schema.episodes.c.episode_id, schema.episodes.c.sha256)).all())
+        tokens = connection.execute(sa.select(schema.robot_tokens.c.sha256)).scalars().all()
+    assert_invariants(fleet_home, {episode: digests[episode] for episode in closed})
+    rows = [json.loads(line)["update"] for line in (fleet_home / "learner" / "training.jsonl").read_text().splitlines()]
+    assert rows == sorted(set(rows)), "an update was counted twice"
+    assert tokens and not any((fleet_home / "fleet").rglob("settings.yaml")), "robots hold no server's credentials"

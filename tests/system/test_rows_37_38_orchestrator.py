@@ -1,0 +1,161 @@
+"""Rows 37 and 38: the orchestrator may be away or die at any moment; episodes and learning go on or go on later."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from short_pipeline import UPDATES, fill_workspace, learner_status, wait_until
+
+from flows.deployment import deployment
+from flows.prefect_server import free_port
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, fleet_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a very short offline pipeline's outputs, whose deployment has real servers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("LWD_INGEST_PORT", str(free_port()))
+    monkeypatch.setenv("LWD_LEASE_S", "3")
+    fill_workspace(tmp_path, updates=UPDATES)
+    return tmp_path
+
+
+@pytest.fixture
+def prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrefectServer]:
+    server = PrefectServer(tmp_path / "prefect")
+    monkeypatch.setenv("PREFECT_API_URL", server.url)
+    server.start()
+    yield server
+    server.stop()
+
+
+class PrefectServer:
+    """A Prefect server that can be stopped and started again at the same address."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.port = home, free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        import httpx
+
+        self.home.mkdir(exist_ok=True)
+        env = os.environ | {"PREFECT_HOME": str(self.home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        env.pop("PREFECT_API_URL", None)
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        with (self.home / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+
+        def ready() -> bool:
+            try:
+                return httpx.get(f"{self.url}/health", timeout=2.0).status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        wait_until(ready)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            for child in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+                child.kill()
+            self._process.wait()
+            self._process = None
+
+
+def prefect_command(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    return done.stdout.decode()
+
+
+def processes_of(home: Path, module: str) -> list[psutil.Process]:
+    """The living processes of one role in one deployment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if module in words and str(home) in words and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def test_row_37_orchestrator_s_server_down_while_the_fleet_works(workspace: Path, fleet_home: Path, prefect) -> None:
+    code = "import sys; from flows.online import online; online(sys.argv[1], sys.argv[2])"
+    flow = subprocess.Popen(
+        [sys.executable, "-c", code, str(fleet_home), str(workspace / "params.yaml")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: learner_status(fleet_home).get("updates", 0) >= 5)
+        prefect.stop()
+        before = learner_status(fleet_home)
+        wait_until(lambda: learner_status(fleet_home)["updates"] >= before["updates"] + 20)
+        assert learner_status(fleet_home)["episodes"] > before["episodes"], "ingest stood still"
+        assert flow.poll() is None
+        prefect.start()
+        assert flow.wait(timeout=400) == 0
+    finally:
+        flow.kill()
+    with deployment(fleet_home) as plane:
+        assert plane.unaccounted() == 0
+        assert plane.snapshots.verify() == plane.snapshots.latest().version > 0
+    assert learner_status(fleet_home)["updates"] == UPDATES
+
+
+def test_row_38_worker_killed_and_rerun_is_idempotent(workspace: Path, fleet_home: Path, prefect) -> None:
+    pool = "test"
+    prefect_command("work-pool", "create", pool, "--type", "process")
+    prefect_command("deploy", "flows/online.py:online", "--name", "row38", "--pool", pool)
+    worker = start_worker(pool)
+    run = ["deployment", "run", "online/row38", "--param", f"home={fleet_home}", "--param"]
+    run.append(f"params_path={workspace / 'params.yaml'}")
+    try:
+        prefect_command(*run)
+        wait_until(lambda: learner_status(fleet_home).get("updates", 0) >= 12)
+        # The worker and the flow run that it had started, without a goodbye.
+        for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
+            if not {"infra.coordinator", "flows.online_learner", "infra.service"} & set(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+        worker.wait()
+        wait_until(lambda: not processes_of(fleet_home, "flows.online_learner"))
+        held = learner_status(fleet_home)["updates"]
+        worker = start_worker(pool)
+        prefect_command(*run)
+        prefect_command(*run)  # a second run beside it finds the lease held, and does no harm
+        wait_until(lambda: learner_status(fleet_home)["updates"] == UPDATES, 500)
+        wait_until(lambda: not processes_of(fleet_home, "infra.coordinator"))
+        assert held <= UPDATES
+    finally:
+        for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
+            process.kill()
+        worker.wait()
+    rows = [json.loads(line)["update"] for line in (fleet_home / "learner" / "training.jsonl").read_text().splitlines()]
+    assert rows == sorted(set(rows)), "an update was counted twice"
+    with deployment(fleet_home) as plane:
+        assert plane.unaccounted() == 0
+        assert plane.snapshots.verify() == plane.snapshots.latest().version > 0
+
+
+def start_worker(pool: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--limit", "4"]
+    worker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(2.0)
+    assert worker.poll() is None
+    return worker

@@ -74,7 +74,7 @@ class Watch:
 
 def soak(folder: Path, options: argparse.Namespace) -> tuple[Verdict, dict[str, Any]]:
     """The run; the verdict and what else is worth telling."""
-    fleet = Fleet(folder, micro_batch=64, lease_s=3.0, s3_timeout_s=5.0, fetch_retries=8)
+    fleet = Fleet(folder, micro_batch=64, lease_s=3.0, s3_timeout_s=5.0, fetch_retries=8, cache_max_mib=32)
     columns = (
         TextColumn("{task.completed} settled of {task.total}"),
         BarColumn(),

@@ -74,7 +74,7 @@ def run(effort: Effort, policy: Path | None = None, say: Callable[[str], None] =
         results[name] = next(iter(by_threads.values())) | {"by_threads": by_threads}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lwd-speed-") as folder:
-        bundle = policy or _bundle(Path(folder) / "bundle")
+        bundle = policy or random_bundle(Path(folder) / "bundle")
         steps = env_steps(bundle, effort.robots, effort.rounds, effort.step_s, peak)
         say(f"fleet: {steps['env_steps_per_s']} environment steps/s of {effort.robots} robots")
         found = evaluation(bundle, list(effort.tasks), effort.eval_per_task, effort.workers, effort.eval_rounds, peak)
@@ -94,7 +94,7 @@ def run(effort: Effort, policy: Path | None = None, say: Callable[[str], None] =
     return results
 
 
-def _bundle(folder: Path) -> Path:
+def random_bundle(folder: Path) -> Path:
     """A policy of the deployed size for the scene."""
     import numpy as np
     import torch

@@ -27,11 +27,11 @@ from infra.edge.framelog import Frame
 from infra.edge.spool import Spool
 from infra.episode import Episode, new_episode_id
 from infra.errors import UnavailableError
+from infra.fleet.embedded import EmbeddedServer
 from infra.fleet.features import FEATURES
 from infra.fleet.robot import robot_environment
 from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD
 from infra.fleet.tasks import TASKS
-from infra.ingest import Ingest
 from infra.objects.directory import DirectoryStore
 from infra.settings import MIB, Settings, load_settings
 
@@ -175,7 +175,7 @@ def spool_to_snapshot(home: Path, episodes: int, robots: int, peak: Peak) -> dic
     home.mkdir(parents=True, exist_ok=True)
     catalog = Catalog(settings.catalog_url)
     catalog.migrate()
-    ingest = Ingest(catalog, DirectoryStore(settings.objects_dir))
+    objects = DirectoryStore(settings.objects_dir)
     command = [sys.executable, "-m", "infra.coordinator", "--home", str(home), "--check", _CHECK]
     coordinator = subprocess.Popen([*command, "--parent", str(os.getpid())], env=os.environ | robot_environment())
     latencies: list[list[float]] = [[] for _ in range(robots)]
@@ -183,7 +183,9 @@ def spool_to_snapshot(home: Path, episodes: int, robots: int, peak: Peak) -> dic
 
     def run(number: int) -> None:
         try:
-            latencies[number] = _send(settings, ingest, number, -(-episodes // robots), coordinator)
+            latencies[number] = _send(
+                settings, EmbeddedServer(catalog, objects, f"r{number}"), number, -(-episodes // robots), coordinator
+            )
         except BaseException as error:  # handed to the caller below
             failed.append(error)
 
@@ -212,12 +214,12 @@ def spool_to_snapshot(home: Path, episodes: int, robots: int, peak: Peak) -> dic
 
 
 def _send(
-    settings: Settings, ingest: Ingest, number: int, episodes: int, coordinator: subprocess.Popen[bytes]
+    settings: Settings, server: EmbeddedServer, number: int, episodes: int, coordinator: subprocess.Popen[bytes]
 ) -> list[float]:
     """Latencies of one robot's episodes; the first, which waits for the coordinator to start, is not counted."""
     rng = np.random.default_rng(number)
     spool = Spool(settings.spool_dir / f"r{number}", max_bytes=settings.spool_max_mib * MIB)
-    client = EdgeClient(f"r{number}", spool, ingest, poll_s=settings.poll_s)
+    client = EdgeClient(f"r{number}", spool, server, poll_s=settings.poll_s)
     client.start()
     found = []
     try:
@@ -229,8 +231,8 @@ def _send(
                     Frame(made.observations[t], made.actions[t], float(made.rewards[t]), False, made.timestamps[t])
                 )
             began = time.perf_counter()
-            client.close(made.observations[-1], made.timestamps[-1], made.outcome, made.substep_scores)
-            while (status := ingest.status(made.episode_id)) != "snapshot":
+            closed = client.close(made.observations[-1], made.timestamps[-1], made.outcome, made.substep_scores)
+            while (status := server.status(made.episode_id, closed.sha256)) != "snapshot":
                 if coordinator.poll() is not None or status == "quarantined":
                     raise UnavailableError(
                         f"episode {made.episode_id} is {status}, the coordinator "

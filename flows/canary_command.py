@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.run import run_flow
 from infra.settings import default_home
 
 out = Console(highlight=False)
@@ -42,8 +43,6 @@ def canary(
     if once:
         answer = _look(home, gate)
     else:
-        from flows.cli import run_flow
-
         answer = run_flow("canary", home, port, home=str(home), version=version, gate=str(gate) if gate else None)
     _show(answer)
     raise typer.Exit(EXIT_CODES[answer["answer"]])

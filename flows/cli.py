@@ -18,6 +18,7 @@ from flows.console import console, say
 from flows.data import app as data
 from flows.keys import app as keys
 from flows.robots import app as robots
+from flows.run import run_flow
 from flows.servers import app as servers
 from infra.errors import ConfigError, LwdError
 from infra.settings import default_home
@@ -44,17 +45,6 @@ HOME, PARAMS = default_home(), Path("params.yaml")
 # typer carries its own copy of click, whose UsageError it does not export.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 out = Console(highlight=False)  # answers go to stdout; progress and errors to stderr
-
-
-def run_flow(name: str, home: Path, port: int | None, /, **arguments: Any) -> Any:
-    """Run a Prefect flow by name, with a server of its own unless PREFECT_API_URL names one."""
-    from flows.prefect_server import prefect_server
-
-    say("starting Prefect …")
-    with prefect_server(home / "prefect", port=port):
-        import flows.all as everything
-
-        return getattr(everything, name)(**arguments)
 
 
 @app.command()

@@ -12,11 +12,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from infra.service.auth import Tokens
-
 from flows.deployment import Deployment
 from flows.params import Params
 from infra.fleet.robot import RobotConfig, robot_command, robot_environment
+from infra.service.auth import Tokens
 from infra.supervisor import ProcessSpec
 
 CHECK = "data_contracts.checks:default_check"

@@ -95,10 +95,10 @@ class CatalogMetrics:
         """
         if not metrics.enabled() or time.monotonic() < self._due:
             return False
-        metrics.LEASE_HELD.set(1)
         self.collect()
         if self._lag is not None:
             metrics.CONSUMER_LAG.set(self._lag())
+        metrics.LEASE_HELD.set(1)
         self._due = time.monotonic() + (_EVERY_S if self._judged_all else _CATCH_UP_S)
         return True
 

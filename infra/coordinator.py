@@ -131,6 +131,7 @@ class Coordinator:
                 if handled == 0:
                     stop.wait(poll_s)
         finally:
+            self._events.close()  # whoever has the lease next needs the log's partitions
             try:
                 self.lease.release()
             except LwdError as error:

@@ -113,7 +113,7 @@ def write_samples(episodes: Iterable[Episode], stream: IO[bytes]) -> None:
     """Append the episodes to `stream` as the samples of one deterministic tar."""
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for episode in episodes:
-            if not EPISODE_ID.match(episode.episode_id):
+            if not EPISODE_ID.fullmatch(episode.episode_id):
                 raise CorruptDataError(
                     f"episode id {episode.episode_id!r} is not 32 lower-case hex digits",
                     "make ids with infra.episode.new_episode_id()",
@@ -167,7 +167,7 @@ def read_samples(stream: IO[bytes], *, name: str = "shard") -> Iterator[Episode]
                 if member.size > MAX_MEMBER_BYTES:
                     raise CorruptDataError(f"{name}: {member.name!r} has {member.size} bytes, over the cap", fix)
                 key, _, suffix = member.name.partition(".")
-                if not EPISODE_ID.match(key):
+                if not EPISODE_ID.fullmatch(key):
                     raise CorruptDataError(f"{name}: member {member.name!r} does not begin with an episode id", fix)
                 if key != current:
                     if current is not None:

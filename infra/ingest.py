@@ -62,7 +62,7 @@ class Claim:
         episode_key(sha256)
         if isinstance(size, bool) or not 0 <= size <= MAX_OBJECT_BYTES:
             raise ConfigError(f"episode {episode_id} of {size!r} bytes", f"send at most {MAX_OBJECT_BYTES} bytes")
-        fix = "send schema_version (int), produced_at (seconds since the epoch) and trace_id (up to 64 characters)"
+        fix = "send schema_version (int), produced_at (seconds since the epoch) and trace_id (up to 64 printable characters)"
         if unknown := meta.keys() - {"schema_version", "produced_at", "trace_id"}:
             raise ConfigError(f"unknown meta field {sorted(unknown)[0]!r}", fix)
         version, produced, trace = meta.get("schema_version"), meta.get("produced_at"), meta.get("trace_id")
@@ -72,7 +72,7 @@ class Claim:
             raise ConfigError(f"meta field 'schema_version' is {version!r}", fix)
         if produced is not None and (not isinstance(produced, int | float) or not math.isfinite(produced)):
             raise ConfigError(f"meta field 'produced_at' is {produced!r}", fix)
-        if trace is not None and (not isinstance(trace, str) or not 0 < len(trace) <= 64):
+        if trace is not None and not (isinstance(trace, str) and 0 < len(trace) <= 64 and trace.isprintable()):
             raise ConfigError(f"meta field 'trace_id' is {trace!r}", fix)
         at = None if produced is None else float(produced)
         return cls(robot_id, episode_id, sha256, size, version, at, trace or uuid.uuid4().hex)

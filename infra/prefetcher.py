@@ -40,6 +40,7 @@ from infra.snapshots import Difference, Member, Snapshots
 _log = logging.getLogger("lwd.prefetcher")
 _AT_ONCE = 4
 _WITNESSES = 5
+_FREED_AT_ONCE = 20  # this part of the budget
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Prefetcher:
         self._name = name
         self._pause_s = pause_s
         self._done: set[str] = set()
+        self._free = 0  # bytes of the cache that nothing is meant for yet; there may be more
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
         self.version = after
         cache.create()
@@ -181,8 +183,7 @@ class Prefetcher:
                 if self._cached(waiting[0]):
                     self._fetched(waiting.popleft())
                     continue
-                under_way = sum(member.size for member in running.values())
-                if not self._cache.make_room(waiting[0].size, self._budget, under_way):
+                if not self._has_room(waiting[0].size, sum(member.size for member in running.values())):
                     break
                 member = waiting.popleft()
                 running[self._pool.submit(self._fetch, member, stop)] = member
@@ -199,6 +200,20 @@ class Prefetcher:
         if trouble is not None:
             raise trouble
         return failed
+
+    def _has_room(self, size: int, under_way: int) -> bool:
+        """Whether an object fits. What was free stays free, since nobody else adds to the cache: its folders, which may
+        hold very many files, are looked at only once that is used up, and then more is freed than one object needs.
+        """
+        if size > self._free:
+            for wanted in (max(size, self._budget // _FREED_AT_ONCE), size):
+                if self._cache.make_room(wanted, self._budget, under_way):
+                    self._free = wanted
+                    break
+            else:
+                return False
+        self._free -= size
+        return True
 
     def _fetched(self, member: Member) -> None:
         self._done.add(member.sha256)

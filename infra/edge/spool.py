@@ -172,6 +172,8 @@ class Spool:
     def confirm(self, closed: ClosedEpisode) -> None:
         """Delete an episode that the server holds in a snapshot or in quarantine. Only then."""
         closed.path.unlink(missing_ok=True)
+        if self._unsealed and self._start is None:
+            self._recover()
 
     def set_aside(self, closed: ClosedEpisode, reason: str) -> None:
         """Keep an episode that can never be sent, and say why in the journal."""
@@ -205,6 +207,9 @@ class Spool:
                 sealed.append(self._seal(log, read_log(log)))
             except CorruptDataError as error:
                 self._drop_log(log, error.problem)
+            except StorageFullError:
+                break  # it stays as its log: what is closed already can be sent, and makes the room to seal it
+        self._unsealed = any(self._open_dir.glob("*.log"))
         return sealed
 
     def _seal(self, log: Path, episode: Episode) -> ClosedEpisode:

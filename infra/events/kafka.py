@@ -172,7 +172,7 @@ class _Member(ConsumerRebalanceListener):
                 self._next[place.partition] = records[-1].offset + 1
                 events += [message.read(record.value, record.offset + 1, place.partition) for record in records]
         if events:
-            self._heard()
+            self._heard_at = time.monotonic()
         return events
 
     def close(self) -> None:
@@ -224,12 +224,8 @@ class _Member(ConsumerRebalanceListener):
             if not self._start(partition) <= self._next[partition] <= end:
                 self._seek(partition)
                 moved = True
-        self._heard()
-        return moved
-
-    def _heard(self) -> None:
         self._heard_at = time.monotonic()
-        broker.answered()
+        return moved
 
     def _copy_offsets(self, wait: bool = False) -> None:
         """Tell Kafka, for its own tools, what the catalog says."""

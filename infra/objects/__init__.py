@@ -92,16 +92,16 @@ def checked_key(key: str) -> str:
 
 def incoming_key(robot_id: str, episode_id: str) -> str:
     """A fresh key for one upload, in the robot's own area; ConfigError if a name could leave it."""
-    if not ROBOT_ID.match(robot_id):
+    if not ROBOT_ID.fullmatch(robot_id):
         raise ConfigError(f"robot id {robot_id!r} is not a plain name", "use letters, digits, '-', '_', '.', up to 64")
-    if not EPISODE_ID.match(episode_id):
+    if not EPISODE_ID.fullmatch(episode_id):
         raise ConfigError(f"episode id {episode_id!r} is not 32 lower-case hex digits", "make it with new_episode_id()")
     return f"incoming/{robot_id}/{episode_id}-{uuid.uuid4().hex[:8]}.tar"
 
 
 def episode_key(sha256: str) -> str:
     """The content-addressed key of an episode object."""
-    if not _SHA256.match(sha256):
+    if not _SHA256.fullmatch(sha256):
         raise ConfigError(
             f"{sha256!r} is not a sha256 of 64 lower-case hex digits", "send hashlib.sha256().hexdigest()"
         )

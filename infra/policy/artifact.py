@@ -107,11 +107,11 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UntrustedPolicyError(f"{name} is not a policy manifest ({error})", fix) from error
         for key, entry in files.items():
-            if not _FILE_NAME.match(key) or key in (MANIFEST, BASE) or not 0 <= entry.size <= _MAX_FILE_BYTES:
+            if not _FILE_NAME.fullmatch(key) or key in (MANIFEST, BASE) or not 0 <= entry.size <= _MAX_FILE_BYTES:
                 raise UntrustedPolicyError(f"{name} names the file {key!r} of {entry.size} bytes", fix)
         # The digest becomes a file name and an object's key: nothing but hex digits.
         if base is not None and not (
-            base.name == BASE and _SHA256.match(base.sha256) and 0 < base.size <= _MAX_BASE_BYTES
+            base.name == BASE and _SHA256.fullmatch(base.sha256) and 0 < base.size <= _MAX_BASE_BYTES
         ):
             raise UntrustedPolicyError(f"{name} names the base {base.name!r} {base.sha256!r}, {base.size} bytes", fix)
         return manifest
@@ -148,7 +148,7 @@ def seal(
             if base is None or base != FileEntry(file_sha256(path), path.stat().st_size):
                 raise ConfigError(f"{path} is not the base of this policy", "publish it with base=, or remove it there")
             continue
-        if not _FILE_NAME.match(path.name) or not path.is_file():
+        if not _FILE_NAME.fullmatch(path.name) or not path.is_file():
             raise ConfigError(f"{path} has no place in a policy bundle", "keep only .safetensors and .json files there")
         files[path.name] = FileEntry(file_sha256(path), path.stat().st_size)
     for needed in (WEIGHTS, ARCHITECTURE):

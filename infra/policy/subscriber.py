@@ -156,7 +156,7 @@ class PolicySubscriber:
                     raise UntrustedPolicyError(f"{name} is not for cohort {state.cohort}", _KEPT)
                 if said.seq <= state.seq:
                     raise UntrustedPolicyError(f"{name} is a replay: {state.seq} was accepted already", _KEPT)
-                if not _DIGEST.match(said.manifest_sha256):
+                if not _DIGEST.fullmatch(said.manifest_sha256):
                     raise UntrustedPolicyError(f"{name} names no manifest digest", _KEPT)
             except UntrustedPolicyError as error:
                 refused = error  # not taken in: a forged number must not hide the announcements that follow

@@ -101,6 +101,12 @@ class Postgres(Server):
             if found is None:
                 connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
 
+    def drop_database(self, name: str) -> None:
+        """Remove a database and all that is in it, whoever is connected."""
+        with self._connect("postgres") as connection:
+            connection.autocommit = True
+            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
     def url(self, database: str, driver: str = "psycopg") -> str:
         """SQLAlchemy URL of a database."""
         return f"postgresql+{driver}://{USER}:{self.password}@{HOST}:{self.port}/{database}"

@@ -6,8 +6,8 @@ Writes the port as a line of JSON; then answers each line of JSON on stdin with 
 from __future__ import annotations
 
 import asyncio
-import functools
 import contextlib
+import functools
 import json
 import os
 import socket

@@ -12,7 +12,7 @@ from infra.catalog import Catalog
 from infra.catalog.schema import outbox, quarantine, snapshot_episodes
 from infra.errors import UnavailableError
 
-REQUESTS_PER_S, NOTES_PER_MIN = 50.0, 60.0  # of one robot: requests of any kind, measurements
+REQUESTS_PER_S, NOTES_PER_MIN = 100.0, 60.0  # of one robot: requests of any kind, measurements
 _LOOK_S = 0.5  # between two looks at the backlog
 _SAMPLE = 32
 _ROBOTS = 4096  # whose buckets are kept
@@ -166,4 +166,4 @@ class Backpressure:
 def over_rate(what: str, after: float) -> LaterError:
     """The answer to a robot that asks for too much."""
     problem = f"{what} are over the rate that one robot has"
-    return LaterError(problem, "wait, or raise the robot_… settings of the service", 429, after)
+    return LaterError(problem, "wait; the service's settings robot_…_per_min say how many episodes it may", 429, after)

@@ -42,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def collecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """The body of a fixture: a collector that this process, once `tracing.start` is called, and its children export to."""
+    """The body of a fixture: a collector that this process, after `tracing.start`, and its children export to."""
     pytest.importorskip("opentelemetry.sdk.trace", reason="needs lwd[observability]")
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs lwd[observability]")
     server = Collector()

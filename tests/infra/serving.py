@@ -39,7 +39,7 @@ class Served:
         return Tokens(self.plane.catalog).enrol(robot, cohort, days=1, actor="test")
 
     def robot(self, robot: str = "r0", cohort: str = "learning", **options: Any) -> RemoteServer:
-        given = {"robot_id": robot, "cohort": cohort, "timeout_s": 5.0, **self.options, **options}
+        given = {"robot_id": robot, "cohort": cohort, "timeout_s": 20.0, **self.options, **options}
         return RemoteServer(self.url, self.enrol(robot, cohort), **given)
 
     def ask(

@@ -133,6 +133,8 @@ def test_a_robot_cannot_claim_another_robots_episode(plane: Plane) -> None:
         ({"meta": {"schema_version": True}}, "schema_version"),
         ({"meta": {"produced_at": float("nan")}}, "produced_at"),
         ({"meta": {"trace_id": "x" * 65}}, "trace_id"),
+        ({"meta": {"trace_id": "a\0b"}}, "trace_id"),
+        ({"meta": {"trace_id": "\ud800"}}, "trace_id"),
         ({"meta": {"produced": 1.0}}, "produced"),
     ],
 )

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from invariants import example_episode, open_plane
+from invariants import digest, example_episode, open_plane
 from otlp import Collector, collecting
 
 from infra import instruments, metrics, milestones, tracing
 from infra.coordinator import Coordinator
 from infra.edge.client import EdgeClient
 from infra.edge.framelog import Frame
+from infra.edge.server import Upload
 from infra.edge.spool import Spool
-from infra.episode import Episode
+from infra.episode import Episode, encode
 from infra.errors import ConflictError, UnavailableError
 from infra.events.outbox import OutboxLog
 from infra.fleet.embedded import EmbeddedServer
@@ -74,8 +82,6 @@ def deliver(home: Path, tasks: tuple[str, ...]) -> None:
 
 def load(home: Path, name: str = "learner") -> list[str]:
     """Fetch and read what is new; the episodes' ids."""
-    import threading
-
     settings, plane = load_settings(home=home), open_plane(home)
     cache = Cache(settings.cache_dir / name)
     fetcher = Prefetcher(plane.catalog, plane.objects, cache, budget=2**24)
@@ -145,16 +151,11 @@ def test_the_trace_of_an_episode_s_way(tmp_path: Path, collector: Collector) -> 
 @pytest.mark.usefixtures("on")
 def test_what_a_robot_is_answered_is_counted(tmp_path: Path) -> None:
     plane, episode = open_plane(tmp_path), example_episode(1)
-    from invariants import digest
-
-    from infra.edge.server import Upload
-    from infra.episode import encode
-
     server = EmbeddedServer(plane.catalog, plane.objects, "r0")
     data, other = encode(episode), encode(example_episode(1, task="L4"))
     for payload in (data, data, other):
         server.submit_many([Upload(episode.episode_id, digest(payload), len(payload), payload)])
-    assert {name: value for name, value in counts("lwd_ingest_episodes_total").items()} == {
+    assert counts("lwd_ingest_episodes_total") == {
         'lwd_ingest_episodes_total{result="committed",robot="r0"}': 1,
         'lwd_ingest_episodes_total{result="conflict",robot="r0"}': 1,
     }
@@ -178,3 +179,38 @@ def test_the_words_for_what_became_of_an_upload(outcome: str, known: bool, resul
     assert counts("lwd_ingest_episodes_total") == {f'lwd_ingest_episodes_total{{result="{result}",robot="r7"}}': 1}
     stages = counts("lwd_episode_stage")
     assert bool(stages) == (result == "committed")
+
+
+def test_a_process_shows_itself_from_its_start_to_its_end(tmp_path: Path) -> None:
+    """The coordinator, as Prometheus finds and reads it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    plane = open_plane(tmp_path)
+    plane.submit(example_episode(1))
+    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    env |= {"LWD_METRICS_PORT": str(port), "LWD_POLL_S": "0.02"}
+    command = [sys.executable, "-m", "infra.coordinator", "--home", str(tmp_path), "--check", "test_milestones:check"]
+    process = subprocess.Popen(command, env=env)
+    file = tmp_path / "metrics" / "coordinator.json"
+    try:
+        text = ""
+        for _ in range(3000):
+            if file.exists():
+                ((target,),) = [entry["targets"] for entry in json.loads(file.read_text())]
+                with urllib.request.urlopen(f"http://{target}/metrics") as answer:
+                    text = answer.read().decode()
+                if "lwd_coordinator_lease_held 1.0" in text and "lwd_snapshot_version 1.0" in text:
+                    break
+            assert process.poll() is None
+            time.sleep(0.02)
+        shown = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert shown['lwd_coordinator_episodes_total{result="accepted"}'] == "1.0"
+        assert shown["lwd_unaccounted_episodes"] == shown["lwd_consumer_lag_events"] == "0.0"
+        assert float(shown["process_resident_memory_bytes"]) > 0
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert not file.exists()

@@ -16,9 +16,13 @@ import torch.distributed as dist
 from lwd_model.ranks import Ranks
 
 _context = get_context("forkserver")  # its server imports once; a fork of this process could inherit locked threads
-_context.set_forkserver_preload(["lwd_model.learner", "torch.distributed"])
 
 Work = Callable[..., Any]
+
+
+def preload(module: str) -> None:
+    """Have the module whose functions are run imported once for all processes; call it when that is imported."""
+    _context.set_forkserver_preload([module])
 
 
 def ranks_store() -> dist.TCPStore:
@@ -50,7 +54,7 @@ def started(
 
 def result(pipe: Connection) -> Any:
     """What one rank returned, or the exception that it ended with; None where it was killed."""
-    assert pipe.poll(60), "the rank neither answers nor ends"
+    assert pipe.poll(240), "the rank neither answers nor ends"
     try:
         return pipe.recv()
     except EOFError:

@@ -1,3 +1,6 @@
+import itertools
+import os
+import signal
 import warnings
 
 import numpy as np
@@ -100,6 +103,44 @@ def test_a_torn_checkpoint_falls_back_to_the_previous_one(tmp_path):
     previous(path).write_bytes(b"")
     with pytest.raises(CorruptDataError, match="no whole checkpoint"):
         fresh.load(path)
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_row_30_a_learner_killed_in_mid_checkpoint_resumes_from_a_whole_one(tmp_path, call):
+    """SIGKILL at each step of writing the second checkpoint: the first or the second loads, whole, and goes on bit-exact."""
+    path = tmp_path / "learner.ckpt"
+    learner, sampler = make()
+    learner.snapshot_version = 1
+    learner.fit(sampler, 2)
+    learner.save(path)
+    pid = os.fork()
+    if pid == 0:
+        steps = itertools.count()
+
+        def die(act):
+            def step(*arguments):
+                if next(steps) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return act(*arguments)
+
+            return step
+
+        os.replace, os.fsync = die(os.replace), die(os.fsync)  # fsync, replace, replace, fsync of the folder
+        learner.fit(sampler, 2)
+        learner.snapshot_version = 2
+        learner.save(path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    whole, sampler = make()
+    whole.fit(sampler, 4)
+    fresh, sampler = make(seed=99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fresh.load(path)
+    assert (fresh.updates, fresh.snapshot_version) == ((4, 2) if call == 3 else (2, 1))
+    fresh.fit(sampler, 4 - fresh.updates)
+    expected, have = flats(whole), flats(fresh)
+    assert all(torch.equal(expected[name], have[name]) for name in expected)
 
 
 def test_another_architecture_is_named_on_both_sides(tmp_path):

@@ -6,6 +6,7 @@ its own, in a home in the fleet profile.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import sys
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))  # `invariants`
@@ -54,7 +56,7 @@ def servers() -> Iterator[Servers]:
 
 
 @pytest.fixture
-def fleet_home(tmp_path: Path, servers: Servers) -> Path:
+def fleet_home(tmp_path: Path, servers: Servers) -> Iterator[Path]:
     """A home in the fleet profile: `load_settings(home=fleet_home)` names its database, bucket and topic."""
     for server in servers.all(("postgres", "garage", "kafka")):
         server.start()  # a test before this one may have left it dead
@@ -70,4 +72,6 @@ def fleet_home(tmp_path: Path, servers: Servers) -> Path:
     }
     home = tmp_path / "home"
     write_settings(home, {**servers.settings(), **own})
-    return home
+    yield home
+    with contextlib.suppress(psycopg.Error):  # many databases make recovery from the next kill slow
+        servers.postgres.drop_database(f"lwd_{name}")

@@ -26,11 +26,15 @@ from infra.servers import Servers
 
 
 @pytest.fixture
-def url(servers: Servers) -> str:
+def url(servers: Servers) -> Iterator[str]:
     servers.postgres.start()
     name = f"catalog_{secrets.token_hex(4)}"
     servers.postgres.create_database(name)
-    return servers.postgres.url(name)
+    yield servers.postgres.url(name)
+    engine = sa.create_engine(servers.postgres.url("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:  # a killed server reads through what is left of every test when it starts
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    engine.dispose()
 
 
 @pytest.fixture

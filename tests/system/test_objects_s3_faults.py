@@ -138,7 +138,7 @@ def test_an_upload_in_parts_bears_a_lost_answer_at_each_step(
     assert keys(direct, "incoming") == ["incoming/r0/a"]
 
 
-def test_a_busy_server_is_asked_again(store: S3Store, direct: ObjectStore, proxy: FaultProxy) -> None:
+def test_row_08_a_busy_store_is_asked_again(store: S3Store, direct: ObjectStore, proxy: FaultProxy) -> None:
     direct.put("incoming/r0/a", DATA)
     for act in acts(store):
         proxy.set(status=503, status_requests=TRIES - 1)
@@ -164,7 +164,7 @@ def test_a_server_that_stays_busy_is_named_after_bounded_tries(
     assert keys(direct, "episodes") == []
 
 
-def test_a_silent_server_is_given_up_within_bounds(settings: Settings, direct: ObjectStore, proxy: FaultProxy) -> None:
+def test_row_08_a_silent_store_is_given_up_within_bounds(settings: Settings, direct: ObjectStore, proxy: FaultProxy) -> None:
     store = through(proxy, settings, timeout_s=0.5)
     direct.put("incoming/r0/a", DATA)
     proxy.blackhole = True
@@ -240,7 +240,7 @@ def test_a_killed_server_is_named_and_found_again_with_what_it_acknowledged(
     assert store.get(final) == DATA
 
 
-def test_a_server_killed_while_it_takes_an_upload_shows_no_part_of_it(
+def test_row_03_a_store_killed_while_it_takes_an_upload_shows_no_part_of_it(
     direct: ObjectStore, servers: Servers, settings: Settings, proxy: FaultProxy
 ) -> None:
     store = through(proxy, settings)

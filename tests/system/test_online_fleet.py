@@ -53,6 +53,7 @@ def closed_by_robots(home: Path) -> set[str]:
     return {line["episode_id"] for line in lines if line["message"] == "episode"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_fleet_goes_on_when_each_process_and_each_server_is_killed(
     tmp_path: Path, fleet_home: Path, servers: Servers, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ import random
 import secrets
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,14 +58,13 @@ def spooled(count: int) -> dict[str, str]:
 
 
 def again_until_it_works(work: Callable[[], object], failures: list[LwdError]) -> None:
-    until = time.monotonic() + 60
     while True:
         try:
             work()
             return
         except UnavailableError as error:
             failures.append(error)
-            assert time.monotonic() < until
+            assert len(failures) < 200
             time.sleep(0.1)
 
 
@@ -97,8 +97,7 @@ def test_row_11_database_restarted_mid_transaction(
     worker = coordinator(fleet_home, log, check, micro_batch=4, lease_s=60.0)
     again_until_it_works(lambda: exhaust(relay.step), failures)
     assert unsent(plane) == 0
-    until = time.monotonic() + 60
-    while log.lag("coordinator") and time.monotonic() < until:
+    while log.lag("coordinator"):
         again_until_it_works(worker.step, failures)
     relay.close()
     log.close()
@@ -135,9 +134,7 @@ def test_row_11_database_restarted_while_everything_runs(fleet_home: Path, serve
             (servers.postgres.kill if number % 2 else servers.postgres.stop)()
             servers.postgres.start()
         threads[2].join()
-        until = time.monotonic() + 120
-        while plane.snapshots.latest().episodes < 45:
-            assert time.monotonic() < until
+        while plane.snapshots.latest().episodes < 45:  # the test's own time limit ends it
             time.sleep(0.1)
     finally:
         stop.set()
@@ -152,26 +149,24 @@ def test_row_11_database_restarted_while_everything_runs(fleet_home: Path, serve
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+def small_disk() -> Iterator[Callable[[int], Path]]:
     """Mounts a tmpfs of so many MiB; skips where this cannot be done."""
     mounted: list[Path] = []
 
     def mount(mebibytes: int) -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix="lwd-disk-"))  # not below pytest's: PostgreSQL runs as another user
         program = shutil.which("mount")
-        command = [program or "mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+        command = [program or "mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,mode=755", "tmpfs", str(folder)]
         if os.geteuid() != 0 or not program or subprocess.run(command, check=False).returncode:
+            folder.rmdir()
             pytest.skip("row 12, a full disk of the database: mounting a small tmpfs needs root")
         mounted.append(folder)
-        for parent in folder.parents:  # PostgreSQL runs as another user
-            if parent.stat().st_uid == os.geteuid() and parent not in (Path("/"), Path("/tmp")):
-                parent.chmod(parent.stat().st_mode | 0o111)
         return folder
 
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=False)
+        folder.rmdir()
 
 
 def fill(folder: Path, leave: int) -> Path:
@@ -252,7 +247,7 @@ def coordinator_of(plane: Plane) -> Any:
 def test_row_12_disk_of_the_whole_server_full(
     servers: Servers, small_disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """Without room for its log PostgreSQL ends itself. Nothing is acknowledged meanwhile, and nothing of it is lost."""
+    """Tables and log on one full disk: whether PostgreSQL refuses or ends itself, what it acknowledged is not lost."""
     disk = small_disk(128)
     server = Postgres(servers.postgres.programs, disk / "postgres")
     server.start()

@@ -18,7 +18,7 @@ from short_pipeline import UPDATES, fill_workspace, learner_status, wait_until
 from flows.deployment import deployment
 from flows.prefect_server import free_port
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 
 

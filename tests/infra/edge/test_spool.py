@@ -140,7 +140,7 @@ while True:
 """
 
 
-def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
+def test_row_01_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE
     )

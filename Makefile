@@ -10,7 +10,7 @@ export DO_NOT_TRACK = 1
 export GX_ANALYTICS_ENABLED = false
 export DVC_NO_ANALYTICS = 1
 
-.PHONY: help setup demo test servers test-system lint types bench-learning bench-speed bench-gate clean
+.PHONY: help setup demo test servers test-system lint types bench-learning bench-speed bench-latency bench-gate soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -51,6 +51,12 @@ bench-learning: setup  ## the full suite of eight tasks, resumable: docs/results
 
 bench-speed: setup  ## learner, simulator, reader and data plane speeds: docs/results/speed.json
 	$(BIN)/python -m bench.speed
+
+bench-latency: setup servers  ## latencies of episodes, policies and commits on real servers: docs/results/latency.json
+	$(BIN)/python -m bench.latency
+
+soak: setup servers  ## 30,000 episodes on real servers under injected faults: docs/results/soak.json
+	$(BIN)/python -m bench.soak
 
 bench-gate: setup  ## false promotion rate and power of the gate: docs/results/gate.json
 	$(BIN)/python -m bench.gate

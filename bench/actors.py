@@ -60,7 +60,7 @@ def made(rng: np.random.Generator, robot: str, width: int | None = None, *, brea
     """A short episode that keeps the contract, or with `breach` breaks it.
 
     Args:
-        width: values of an observation beyond those of the scene, for larger payloads (`bench.fleet.check_scene`).
+        width: values of an observation beyond those of the scene, for larger payloads.
     """
     whole = episode(rng)
     observations, actions = whole.observations[: STEPS + 1], whole.actions[:STEPS]

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -18,9 +17,7 @@ from urllib.request import urlopen
 import psutil
 
 from bench.envelope import ROOT
-from data_contracts.checks import default_check, default_contract
 from infra.catalog import Catalog
-from infra.episode import Episode
 from infra.errors import LwdError
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
@@ -34,13 +31,6 @@ from infra.supervisor import ProcessSpec, Supervisor
 SERVERS = ("postgres", "garage", "kafka")
 COORDINATORS = ("coordinator-1", "coordinator-2")
 CHECK = "data_contracts.checks:default_check"
-CHECK_SCENE = "bench.fleet:check_scene"
-
-
-def check_scene(episode: Episode) -> Sequence[Any]:
-    """The scene's contract, on the part of the observations that the scene has: a large payload has more."""
-    width = default_contract().observation_dim
-    return default_check(replace(episode, observations=episode.observations[:, :width]))
 
 
 class Fleet:
@@ -48,7 +38,6 @@ class Fleet:
 
     Args:
         folder: of homes and logs; made anew.
-        check: the coordinator's data contract.
         all_links: every process reaches the store through `store_link`, and robots the service through `service_link`.
             Otherwise nothing goes through them but what takes `route`.
         settings: further entries of the home's settings file.
@@ -57,9 +46,9 @@ class Fleet:
         store_link, service_link: the proxies before store and service.
     """
 
-    def __init__(self, folder: Path, *, check: str = CHECK, all_links: bool = True, **settings: Any) -> None:
+    def __init__(self, folder: Path, *, all_links: bool = True, **settings: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self.home, self.robots, self._check = folder / "home", folder / "robots", check
+        self.home, self.robots = folder / "home", folder / "robots"
         # PostgreSQL may run as another user, who must be able to enter this folder.
         self._data = Path(tempfile.mkdtemp(prefix="lwd-fleet-"))
         self._data.chmod(0o755)
@@ -98,7 +87,7 @@ class Fleet:
     def start_processes(self, *, reconcile_s: float = 10.0, grace_s: float = 30.0) -> None:
         """Service, relay, two coordinators, reconciler and reader; returns when the service answers."""
         reconciler = ["--every", str(reconcile_s), "--grace", str(grace_s)]
-        check = ["--check", self._check, "--standby"]
+        check = ["--check", CHECK, "--standby"]
         for name, module, *arguments in (
             ("service", "infra.service"),
             ("relay", "infra.events.relay"),

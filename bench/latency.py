@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.envelope import RESULTS, Envelope
-from bench.fleet import CHECK_SCENE, Fleet
+from bench.fleet import Fleet
 from bench.latency_commit import commit_costs
 from bench.latency_figure import PAPER, figure
 from bench.latency_run import Link, Run, measure
@@ -57,7 +57,7 @@ SIZES, QUICK_SIZES = (10_000, 100_000, 1_000_000), (1_000, 10_000)
 def latencies(folder: Path, runs: Sequence[Run], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """The runs, one after another on one fleet."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    fleet = Fleet(folder, check=CHECK_SCENE, all_links=False, micro_batch=64, cache_max_mib=1024, s3_timeout_s=30.0)
+    fleet = Fleet(folder, all_links=False, micro_batch=64, cache_max_mib=1024, s3_timeout_s=30.0)
     found = []
     try:
         publisher = PolicyPublisher(fleet.catalog, fleet.objects, create_keys(fleet.settings.keys_dir))

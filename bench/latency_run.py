@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 
 from bench.actors import STEPS
 from bench.fleet import Fleet
 from bench.history import operations
-from infra.catalog.schema import loads, snapshot_episodes
+from infra.catalog.schema import episodes, loads, snapshot_episodes, snapshots
 from infra.errors import UnavailableError
 from infra.policy.channel import PolicyPublisher
 
+STAGES = ("close", "upload_and_commit", "to_snapshot", "to_learner")
+"""Of an episode's way: onto the robot's disk; to the store, verified, committed; announced, checked, in a snapshot;
+fetched and held by the learner's end."""
 WARM_S = 3.0  # first connections, first statements: not counted
 _DRAIN_S = 120.0
 _PUBLISH_S = 90.0
-_BETWEEN_S = 1.5  # from one policy being active everywhere to the next
+_BETWEEN_S = 3.0  # from one policy being active everywhere to the next
 _HOSTS = 4
 _FEW = 20  # episodes of a run that are all counted
 
@@ -86,7 +90,7 @@ def measure(fleet: Fleet, publisher: PolicyPublisher, bundle: Path, run: Run) ->
         follow += record
         published = list(_publish(fleet, publisher, bundle, run, began))
         _wait(fleet, _DRAIN_S, "spools are not empty", lambda: all(map(fleet.supervisor.finished, record)))
-        latencies = _episode_to_learner(fleet)
+        way = np.asarray(_way_of_episodes(fleet))
     finally:
         fleet.supervisor.stop(follow, timeout_s=15.0)
         _shape(fleet, None)
@@ -94,11 +98,12 @@ def measure(fleet: Fleet, publisher: PolicyPublisher, bundle: Path, run: Run) ->
         "actors": run.actors,
         "payload_mib": run.payload_mib,
         "link": None if run.link is None else asdict(run.link),
-        "episode_to_learner_s": _quantiles(latencies),
+        "episode_to_learner_s": _quantiles(way[:, -1] - way[:, 0]),
         "publish_to_staged_s": _quantiles([staged for staged, _ in published]),
         "publish_to_active_s": _quantiles([active for _, active in published]),
         "episodes_per_h": round(3600 * run.episodes_per_s),
-        "episodes": len(latencies),
+        "episodes": len(way),
+        "stages_p50_s": dict(zip(STAGES, np.round(np.median(np.diff(way), axis=0), 3).tolist(), strict=True)),
         "activations": len(published),
         "policy_poll_s": round(run.policy_poll_s, 2),
     }
@@ -139,25 +144,31 @@ def _is_active(fleet: Fleet, run: Run, version: int) -> bool:
     return {line["robot"] for line in _lines(fleet) if line.get("version") == version} == _robots(run)
 
 
-def _episode_to_learner(fleet: Fleet) -> list[float]:
-    """Of each episode, seconds from the call that closed it on its robot to the moment when the learner's end held its
-    snapshot: one machine, one clock."""
-    closed = {line["id"]: line["began"] for line in operations(fleet.robots) if line["op"] == "closed"}
-    warm = min(closed.values()) + WARM_S
+def _way_of_episodes(fleet: Fleet) -> list[list[float]]:
+    """Of each episode, when it was: being closed on its robot, closed, committed, in a snapshot, held by the learner's
+    end; seconds since the epoch. One machine, one clock."""
+    closed = {line["id"]: line for line in operations(fleet.robots) if line["op"] == "closed"}
+    warm = min(line["began"] for line in closed.values()) + WARM_S
     query = (
-        sa.select(snapshot_episodes.c.episode_id, loads.c.loaded_at)
+        sa.select(episodes.c.episode_id, episodes.c.committed_at, snapshots.c.created_at, loads.c.loaded_at)
+        .join(snapshot_episodes, snapshot_episodes.c.episode_id == episodes.c.episode_id)
+        .join(snapshots, snapshots.c.version == snapshot_episodes.c.added)
         .join(loads, sa.and_(loads.c.version == snapshot_episodes.c.added, loads.c.reader == "learner"))
-        .where(snapshot_episodes.c.episode_id.in_(list(closed)))
+        .where(episodes.c.episode_id.in_(list(closed)))
     )
-    loaded: dict[str, float] = {}
+    later: dict[str, list[float]] = {}
 
     def there() -> bool:
         with fleet.catalog.read() as connection:
-            loaded.update({row.episode_id: row.loaded_at for row in connection.execute(query)})
-        return len(loaded) == len(closed)
+            later.update({row[0]: [float(at) for at in row[1:]] for row in connection.execute(query)})
+        return len(later) == len(closed)
 
     _wait(fleet, _DRAIN_S, "the learner's end does not have all episodes", there)
-    return [loaded[name] - at for name, at in closed.items() if at >= warm or len(closed) < _FEW]
+    return [
+        [line["began"], line["at"], *later[name]]
+        for name, line in closed.items()
+        if line["began"] >= warm or len(closed) < _FEW
+    ]
 
 
 def _shape(fleet: Fleet, link: Link | None) -> None:
@@ -189,5 +200,5 @@ def _wait(fleet: Fleet, seconds: float, problem: str = "", until: Callable[[], b
         time.sleep(0.05)
 
 
-def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+def _quantiles(seconds: npt.ArrayLike) -> dict[str, float]:
     return {name: round(float(np.quantile(seconds, q)), 3) for name, q in (("p50", 0.5), ("p99", 0.99))}

@@ -88,7 +88,7 @@ def soak(folder: Path, options: argparse.Namespace) -> tuple[Verdict, dict[str, 
         fleet.start_processes(reconcile_s=5.0, grace_s=20.0)
         fleet.enrol(options.actors)
         each = ["--episodes", str(-(-options.episodes // options.actors)), "--seed", str(options.seed)]
-        each += ["--breach", str(options.breach)]
+        each += ["--breach", str(options.breach), "--pace", str(options.pace), "--poll", "0.5"]
         with Progress(*columns) as bar:
             watch = Watch(fleet, injector, bar, options.episodes)
             hosts = fleet.start_robots("actors", "bench.actors", options.actors, options.hosts, each)
@@ -165,10 +165,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, default=30_000)
     parser.add_argument("--actors", type=int, default=16)
     parser.add_argument("--hosts", type=int, default=4, help="processes that the actors share")
-    parser.add_argument("--every", type=float, default=8.0, help="mean seconds between two faults; 0 for none")
+    parser.add_argument("--pace", type=float, default=0.0, help="mean seconds between two of a robot; 0: at once")
+    parser.add_argument("--every", type=float, default=10.0, help="mean seconds between two faults; 0 for none")
     parser.add_argument("--only", nargs="*", default=[], help="kinds of faults; all if not given")
     parser.add_argument("--breach", type=float, default=0.01, help="share of episodes that break the contract")
-    parser.add_argument("--minutes-max", type=float, default=60.0, help="then nothing more is recorded")
+    parser.add_argument("--minutes-max", type=float, default=100.0, help="then nothing more is recorded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/soak"))
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")

@@ -34,10 +34,14 @@ def open_catalog(settings: Settings, *, migrate: bool = False, stop: threading.E
         else:
             catalog.check()
 
-    if stop is None:
-        prepare()
-    else:
-        patiently(prepare, stop)
+    try:
+        if stop is None:
+            prepare()
+        else:
+            patiently(prepare, stop)
+    except BaseException:
+        catalog.close()
+        raise
     return catalog
 
 

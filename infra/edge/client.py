@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from infra import milestones
 from infra.edge.framelog import EpisodeEnd, EpisodeStart, Frame
 from infra.edge.server import MAX_BATCH, Status, Upload
 from infra.edge.spool import ClosedEpisode, Spool
@@ -122,8 +123,9 @@ class EdgeClient:
             observation: (D,) float32, the state after the last action.
             timestamp: its time, seconds since the episode's start.
         """
-        self._episode = None
+        began, self._episode = time.time(), None
         closed = self.spool.close(EpisodeEnd(observation, timestamp, outcome, substep_scores, extra or {}))
+        milestones.closed(closed.episode_id, self.robot_id, began)
         self._wake.set()
         return closed
 
@@ -188,6 +190,7 @@ class EdgeClient:
             if not uploads:
                 continue
             outcomes: Sequence[Status | LwdError]
+            began = time.time()
             try:
                 outcomes = self._ingest.submit_many(list(uploads.values()))
             except LwdError as error:
@@ -195,6 +198,7 @@ class EdgeClient:
             for closed, outcome in zip(uploads, outcomes, strict=True):
                 if not isinstance(outcome, LwdError):
                     counts["sent"] += 1
+                    milestones.uploaded(closed.episode_id, closed.size, began)
                     self._on_event("sent", {"episode_id": closed.episode_id, "bytes": closed.size})
                     continue
                 counts["failed"] += 1

@@ -13,6 +13,7 @@ import argparse
 import logging
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 from kafka import KafkaProducer
 
+from infra import metrics, milestones, tracing
 from infra.catalog import Catalog, dialect
 from infra.catalog.schema import outbox
 from infra.crashpoints import crashpoint
@@ -66,6 +68,7 @@ class Relay:
         """
         producer = self._connected()
         unsent = sa.select(outbox).where(outbox.c.sent_at.is_(None)).order_by(outbox.c.seq).limit(self._batch)
+        began = time.time()
         with self._catalog.begin_rows() as connection:
             rows = connection.execute(unsent.with_for_update(skip_locked=True)).all()
             if not rows:
@@ -76,6 +79,7 @@ class Relay:
             connection.execute(outbox.update().where(sent).values(sent_at=dialect.now(connection)))
             crashpoint("relay.marked")
         crashpoint("relay.committed")
+        milestones.relayed(rows, [row.created_at for row in rows], began)
         log.info("published", extra={"fields": {"entries": len(rows), "last": rows[-1].seq}})
         return len(rows)
 
@@ -87,6 +91,7 @@ class Relay:
                 handled = self.step()
             except LwdError as error:
                 failures += 1
+                metrics.RELAY_FAILURES.inc()
                 if type(error).__name__ != said:
                     log.warning("will try again: %s", error.problem)
                     said = type(error).__name__
@@ -157,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(home=options.home)
         log_to(settings.logs_dir, "relay")
+        metrics.serve(settings, "relay")
+        tracing.start("relay")
         if settings.profile == "local" or settings.kafka_bootstrap is None:
             raise ConfigError(
                 f"the outbox of {settings.home} is itself the log: there is nothing to relay",

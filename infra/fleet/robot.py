@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from infra import tracing
 from infra.edge.client import EdgeClient
 from infra.edge.framelog import Frame
 from infra.edge.inference import load_policy
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(home=options.home)
         log_to(settings.logs_dir, f"robot-{config.robot_id}")
+        tracing.start(f"robot-{config.robot_id}")  # its metrics come with its heartbeats
         Robot(config, settings, stop).run()
     except LwdError as error:
         print(f"robot {config.robot_id}: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from infra import metrics, tracing
 from infra.errors import ConfigError, LwdError
 from infra.plane import open_catalog, open_objects
 from infra.process import die_with_parent, log_to, stop_on_signal
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings(home=options.home)
         settings.home.mkdir(parents=True, exist_ok=True)
         log_to(settings.logs_dir, "service")
+        metrics.serve(settings, "service")
+        tracing.start("service")
         if settings.profile == "fleet" and settings.catalog is None:
             raise ConfigError(
                 "the service of a fleet needs its catalog", f"set it in {settings.home / 'settings.yaml'}"

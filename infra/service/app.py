@@ -23,6 +23,7 @@ from infra.errors import (
     CorruptDataError,
 )
 from infra.objects import ObjectStore
+from infra.service import observe
 from infra.service.answers import ForeignError, answer, install
 from infra.service.auth import Identity, Tokens
 from infra.service.backend import Backend
@@ -258,6 +259,7 @@ def make_app(
     app.include_router(v1)
     app.include_router(_health_router)
     install(app)
+    observe.install(app, settings)
     return app
 
 

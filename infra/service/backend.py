@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
+from infra import milestones
 from infra.catalog import Catalog, dialect
 from infra.catalog.schema import episodes, measurements, policies, quarantine, robots, snapshot_episodes
 from infra.edge.server import LATENCIES, Heartbeat, Status
@@ -67,6 +69,7 @@ class Backend:
         Raises:
             UnavailableError, StorageFullError: the catalog did not commit; none was acknowledged.
         """
+        began = time.time()
         known = self.known([claim for claim, _ in uploads])
         outcomes: list[Status | LwdError] = [status or "unknown" for status in known]
         fresh = [number for number, status in enumerate(known) if status is None]
@@ -81,6 +84,8 @@ class Backend:
         for number, status in zip(gone, self.known([uploads[n][0] for n in gone]), strict=True):
             if status is not None:
                 outcomes[number] = status
+        for (claim, _), outcome, before in zip(uploads, outcomes, known, strict=True):
+            milestones.handed_in(claim, outcome, before is not None, claim.produced_at, began)
         return outcomes
 
     def announcements(self, cohort: str, after: int) -> tuple[list[Announcement], bool]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from infra import metrics
 from infra.crashpoints import crashpoint
 from infra.edge.server import Status, to_wire
 from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
@@ -19,7 +20,7 @@ from infra.ingest import Claim
 from infra.objects import PresigningStore, incoming_key
 from infra.service.auth import Identity
 from infra.service.backend import Backend
-from infra.service.limits import Backpressure, RobotLimits, over_rate
+from infra.service.limits import Backpressure, LaterError, RobotLimits, over_rate
 from infra.service.models import Offered, Outcome, Place, Problem, Uploaded
 
 PERMIT_S = 300.0  # how long an upload may take to begin, and a policy's download
@@ -75,12 +76,17 @@ class Desk:
             if status is None:
                 wanted.append(number)
         if wanted:
-            self._backpressure.check()
+            try:
+                self._backpressure.check()
+            except LaterError:
+                metrics.THROTTLED.inc(robot=robot.robot_id, kind="backpressure")
+                raise
         waits = []
         for number in wanted:
             wait = self._limits.upload(robot.robot_id, claims[number].size)
             if wait:
                 waits.append(wait)
+                metrics.THROTTLED.inc(robot=robot.robot_id, kind="quota")
                 places[number].error = problem(over_rate(f"episodes of robot {robot.robot_id}", wait))
             else:
                 places[number].key, places[number].url = self._permit(robot, claims[number])

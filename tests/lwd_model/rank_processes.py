@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from lwd_model.ranks import Ranks
 
-_context = get_context("forkserver")  # its server imports once; a fork of this process could inherit locked threads
+_context = get_context("fork")  # importing torch again takes longer than the tests
+_TOGETHER = timedelta(seconds=120)
 
 Work = Callable[..., Any]
-
-
-def preload(module: str) -> None:
-    """Have the module whose functions are run imported once for all processes; call it when that is imported."""
-    _context.set_forkserver_preload([module])
 
 
 def ranks_store() -> dist.TCPStore:
@@ -36,10 +34,13 @@ def started(
 ) -> Iterator[dict[int, tuple[BaseProcess, Connection]]]:
     """Processes that run `work(ranks, *arguments)`, by rank; those still there at the end are killed."""
     store = ranks_store()
-    running = {}
-    for rank in set(range(world)) - set(absent):
+    running: dict[int, tuple[BaseProcess, Connection]] = {}
+    present = sorted(set(range(world)) - set(absent))
+    for rank in present:
         here, there = _context.Pipe(duplex=False)
-        process = _context.Process(target=_body, args=(there, work, rank, world, store.port, timeout_s, arguments))
+        process = _context.Process(
+            target=_body, args=(there, work, rank, present, world, store.port, timeout_s, arguments)
+        )
         process.start()
         there.close()
         running[rank] = process, here
@@ -67,13 +68,26 @@ def together(work: Work, world: int, *arguments: Any, **options: Any) -> list[An
         return [result(pipe) for _, (_, pipe) in sorted(running.items())]
 
 
-def _body(pipe: Connection, work: Work, rank: int, world: int, port: int, timeout_s: float, arguments: Any) -> None:
-    torch.set_num_threads(1)
+def _body(
+    pipe: Connection,
+    work: Work,
+    rank: int,
+    present: list[int],
+    world: int,
+    port: int,
+    timeout_s: float,
+    arguments: tuple[Any, ...],
+) -> None:
+    answer: Any = None
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        store.set(f"started/{rank}", "")  # how long this machine takes to start processes is not what is tested
+        store.wait([f"started/{other}" for other in present], _TOGETHER)
         answer = work(Ranks(rank, world, store, timeout_s=timeout_s), *arguments)
     except Exception as error:
         traceback.print_exc()
         answer = error
     pipe.send(answer)
     pipe.close()
+    sys.stderr.flush()
+    os._exit(0)  # what this process has inherited is its parent's to close

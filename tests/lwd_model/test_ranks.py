@@ -20,10 +20,9 @@ from lwd_model.chunks import Batch, mixed_sample
 from lwd_model.learner import Learner
 from lwd_model.ranks import MOST_OFFERS, Agreed, AgreedReader, RankAgreement, Ranks
 from tests.lwd_model.factory import agent_config, normaliser, replay
-from tests.lwd_model.rank_processes import preload, ranks_store, result, started, together
+from tests.lwd_model.rank_processes import ranks_store, result, started, together
 
-preload(__name__)
-T = 1.0
+T = 2.0
 
 
 def digest(version: int, content: str = "") -> str:

@@ -29,12 +29,14 @@ from infra.edge.remote import RemoteServer
 from infra.edge.spool import ClosedEpisode, Spool
 from infra.episode import Episode
 from infra.errors import StorageFullError
+from infra.fleet.tasks import TASKS
 from infra.process import die_with_parent, log_to, stop_on_signal
 from infra.settings import MIB
 
 STEPS = 24
 BACKLOG = 40  # closed episodes that a robot lets wait before it records another
 SPOOL_BYTES = 512 * MIB
+_WIDEST = 60_000  # values of an observation; the spool's records take 65,535
 
 
 class OperationLog:
@@ -56,16 +58,18 @@ class OperationLog:
                 os.fsync(self._handle.fileno())
 
 
-def made(rng: np.random.Generator, robot: str, width: int | None = None, *, breach: bool = False) -> Episode:
+def made(rng: np.random.Generator, robot: str, payload: int = 0, *, breach: bool = False) -> Episode:
     """A short episode that keeps the contract, or with `breach` breaks it.
 
     Args:
-        width: values of an observation beyond those of the scene, for larger payloads.
+        payload: bytes that the observations have at least, by further values: as if they were images.
     """
-    whole = episode(rng)
-    observations, actions = whole.observations[: STEPS + 1], whole.actions[:STEPS]
-    if width:
-        observations = np.hstack([observations, rng.standard_normal((STEPS + 1, width), np.float32)])
+    values = payload // 4
+    steps = max(STEPS, -(-values // _WIDEST))
+    whole = episode(rng, "S1" if steps <= TASKS["S1"].limit else "L1")
+    observations, actions = whole.observations[: steps + 1], whole.actions[:steps]
+    if (further := values // (steps + 1) - observations.shape[1]) > 0:
+        observations = np.hstack([observations, rng.standard_normal((steps + 1, further), np.float32)])
     if breach:
         actions = actions + 2.0
     return replace(
@@ -73,9 +77,9 @@ def made(rng: np.random.Generator, robot: str, width: int | None = None, *, brea
         robot_id=robot,
         observations=observations,
         actions=actions,
-        rewards=np.eye(1, STEPS, STEPS - 1, dtype=np.float32)[0],
-        intervention=np.zeros(STEPS, bool),
-        timestamps=whole.timestamps[: STEPS + 1],
+        rewards=np.eye(1, steps, steps - 1, dtype=np.float32)[0],
+        intervention=np.zeros(steps, bool),
+        timestamps=whole.timestamps[: steps + 1],
     )
 
 
@@ -119,7 +123,7 @@ class Actor:
 
     def _record(self) -> None:
         breach = bool(self._rng.random() < self._options.breach)
-        done = made(self._rng, self._robot, self._options.width, breach=breach)
+        done = made(self._rng, self._robot, int(self._options.payload * MIB), breach=breach)
         self._client.begin(done.task, done.instruction, source="online", policy_version=1, episode_id=done.episode_id)
         for t in range(done.steps):
             self._client.record(
@@ -155,7 +159,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="record no longer than this")
     parser.add_argument("--pace", type=float, default=0.0, help="mean seconds between two episodes; 0 is at once")
     parser.add_argument("--poll", type=float, default=0.2, help="pause between two looks of a client, seconds")
-    parser.add_argument("--width", type=int, help="further values of an observation, for larger payloads")
+    parser.add_argument("--payload", type=float, default=0.0, help="MiB of an episode; some 20 KiB if less")
     parser.add_argument("--breach", type=float, default=0.0, help="share of episodes that break the contract")
     parser.add_argument("--route", type=parse_route, default={}, help="PORT=PORT,…: connect to another port instead")
     parser.add_argument("--seed", type=int, default=0)
@@ -168,16 +172,24 @@ def main() -> int:
     log_to(options.home / "logs", f"actors-{options.first}")
     tokens = json.loads(options.tokens.read_text())
     log = OperationLog(options.home / "operations" / f"{options.first}.jsonl")
-    threads = []
+    threads, failed = [], threading.Event()
+
+    def run(actor: Actor) -> None:
+        try:
+            actor.run(stop)
+        except BaseException:
+            failed.set()  # the others go on; this process is started again afterwards
+            raise
+
     for number in range(options.first, options.first + options.count):
         robot = f"a{number}"
         actor = Actor(options, number, RemoteServer(options.url, tokens[robot], robot_id=robot), log)
-        threads.append(threading.Thread(target=actor.run, args=(stop,), name=robot))
+        threads.append(threading.Thread(target=run, args=(actor,), name=robot))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return 1 if stop.is_set() else 0
+    return 1 if stop.is_set() or failed.is_set() else 0
 
 
 if __name__ == "__main__":

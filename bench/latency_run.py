@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
-from bench.actors import STEPS
 from bench.fleet import Fleet
 from bench.history import operations
 from infra.catalog.schema import episodes, loads, snapshot_episodes, snapshots
@@ -63,11 +62,6 @@ class Run:
         80 times a second."""
         return max(0.2, self.actors / 80)
 
-    @property
-    def width(self) -> int:
-        """Further float32 values of an observation."""
-        return int(self.payload_mib * 2**20 / 4 / (STEPS + 1))
-
 
 def measure(fleet: Fleet, publisher: PolicyPublisher, bundle: Path, run: Run) -> dict[str, Any]:
     """Do a run on a fleet at rest, and leave it at rest; its record for the results.
@@ -80,7 +74,7 @@ def measure(fleet: Fleet, publisher: PolicyPublisher, bundle: Path, run: Run) ->
     tag = f"{run.actors}-{run.payload_mib:g}-{'direct' if run.link is None else 'link'}"
     follow = _start_followers(fleet, run, f"followers-{tag}")
     pace = ["--pace", str(run.actors / run.episodes_per_s), "--seconds", str(run.seconds), "--episodes", "1000000"]
-    size = ["--width", str(run.width), "--poll", "0.1", "--seed", str(run.actors)]
+    size = ["--payload", str(run.payload_mib), "--poll", "0.1", "--seed", str(run.actors)]
     try:
         _shape(fleet, run.link)
         began = time.time()
@@ -200,5 +194,5 @@ def _wait(fleet: Fleet, seconds: float, problem: str = "", until: Callable[[], b
         time.sleep(0.05)
 
 
-def _quantiles(seconds: npt.ArrayLike) -> dict[str, float]:
+def _quantiles(seconds: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, float]:
     return {name: round(float(np.quantile(seconds, q)), 3) for name, q in (("p50", 0.5), ("p99", 0.99))}

@@ -62,7 +62,9 @@ class Claim:
         episode_key(sha256)
         if isinstance(size, bool) or not 0 <= size <= MAX_OBJECT_BYTES:
             raise ConfigError(f"episode {episode_id} of {size!r} bytes", f"send at most {MAX_OBJECT_BYTES} bytes")
-        fix = "send schema_version (int), produced_at (seconds since the epoch) and trace_id (up to 64 printable characters)"
+        fix = (
+            "send schema_version (int), produced_at (seconds since the epoch), trace_id (up to 64 printable characters)"
+        )
         if unknown := meta.keys() - {"schema_version", "produced_at", "trace_id"}:
             raise ConfigError(f"unknown meta field {sorted(unknown)[0]!r}", fix)
         version, produced, trace = meta.get("schema_version"), meta.get("produced_at"), meta.get("trace_id")

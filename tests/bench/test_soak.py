@@ -44,14 +44,16 @@ def test_episodes_keep_the_contract_and_break_it_where_they_are_told_to() -> Non
     rng = np.random.default_rng(0)
     assert default_check(made(rng, "a0")) == []
     assert any(violation.severity == "block" for violation in default_check(made(rng, "a0", breach=True)))
-    wide = made(rng, "a0", 26_000)
-    assert default_check(wide) == []
-    assert 2.4 < len(encode(wide)) / 2**20 < 2.6
+    wide, long = (made(rng, "a0", mib * 2**20) for mib in (3, 40))
+    assert default_check(wide) == default_check(long) == []
+    assert 2.98 < len(encode(wide)) / 2**20 < 3.02
+    assert 39.9 < len(encode(long)) / 2**20 < 40.1
+    assert long.observations.shape[1] < 2**16, "the spool's records take no more"
     assert len(encode(made(rng, "a0"))) < 20_481
 
 
 def robot(home: Path, server: EmbeddedServer, episodes: int) -> Actor:
-    options = argparse.Namespace(home=home, episodes=episodes, seconds=None, pace=0.0, poll=0.02, width=None,
+    options = argparse.Namespace(home=home, episodes=episodes, seconds=None, pace=0.0, poll=0.02, payload=0.0,
                                  breach=0.0, seed=0)  # fmt: skip
     return Actor(options, 0, server, OperationLog(home / "operations" / "0.jsonl"))  # type: ignore[arg-type]
 

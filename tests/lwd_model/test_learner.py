@@ -107,7 +107,7 @@ def test_a_torn_checkpoint_falls_back_to_the_previous_one(tmp_path):
 
 @pytest.mark.parametrize("call", range(4))
 def test_row_30_a_learner_killed_in_mid_checkpoint_resumes_from_a_whole_one(tmp_path, call):
-    """SIGKILL at each step of writing the second checkpoint: the first or the second loads, whole, and goes on bit-exact."""
+    """SIGKILL at each step of writing the second checkpoint: one of the two loads, whole, and goes on bit-exact."""
     path = tmp_path / "learner.ckpt"
     learner, sampler = make()
     learner.snapshot_version = 1

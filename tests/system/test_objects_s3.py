@@ -254,7 +254,9 @@ def test_a_quota_is_named_and_leaves_nothing(store: S3Store, settings: Settings,
     store.put("incoming/r0/x", bytes(600_000))
 
 
-def test_row_10_a_full_disk_of_the_store_is_named_and_recovers(tmp_path: Path, servers: Servers, settings: Settings) -> None:
+def test_row_10_a_full_disk_of_the_store_is_named_and_recovers(
+    tmp_path: Path, servers: Servers, settings: Settings
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import pytest
 from invariants import digest
 from objects_contract import GOOD, keys, upload
-from infra.servers.proxy import FaultProxy
 from test_objects_s3 import opened_with
 
 from infra.errors import CorruptDataError, UnavailableError
@@ -21,6 +20,7 @@ from infra.objects.s3 import PART_BYTES, S3Store
 from infra.objects.s3_bucket import TRIES
 from infra.plane import open_objects
 from infra.servers import Servers
+from infra.servers.proxy import FaultProxy
 from infra.settings import Settings, load_settings
 
 DATA = hashlib.shake_256(b"data").digest(3 * 2**20)
@@ -164,7 +164,9 @@ def test_a_server_that_stays_busy_is_named_after_bounded_tries(
     assert keys(direct, "episodes") == []
 
 
-def test_row_08_a_silent_store_is_given_up_within_bounds(settings: Settings, direct: ObjectStore, proxy: FaultProxy) -> None:
+def test_row_08_a_silent_store_is_given_up_within_bounds(
+    settings: Settings, direct: ObjectStore, proxy: FaultProxy
+) -> None:
     store = through(proxy, settings, timeout_s=0.5)
     direct.put("incoming/r0/a", DATA)
     proxy.blackhole = True

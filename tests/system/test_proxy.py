@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from infra.servers.proxy import FaultProxy
 
 
@@ -288,7 +289,9 @@ def test_a_fault_that_does_not_exist_is_refused(proxy: FaultProxy) -> None:
 
 
 def test_it_does_not_outlive_the_process_that_started_it() -> None:
-    code = "from infra.servers.proxy import FaultProxy; p = FaultProxy('127.0.0.1', 9); print(p.port, flush=True); input()"
+    code = (
+        "from infra.servers.proxy import FaultProxy\np = FaultProxy('127.0.0.1', 9); print(p.port, flush=True); input()"
+    )
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,

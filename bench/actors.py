@@ -39,25 +39,6 @@ SPOOL_BYTES = 512 * MIB
 _WIDEST = 60_000  # values of an observation; the spool's records take 65,535
 
 
-class OperationLog:
-    """Appended lines that survive a kill: `{"op": "closed" | "sent" | "confirmed" | "trouble", …}` with the time."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and not path.read_bytes().endswith(b"\n")
-        self._handle = path.open("a")
-        self._lock = threading.Lock()
-        if torn:
-            self._handle.write("\n")
-
-    def write(self, op: str, *, durable: bool = False, **fields: Any) -> None:
-        with self._lock:
-            self._handle.write(json.dumps({"op": op, "at": time.time(), **fields}) + "\n")
-            self._handle.flush()
-            if durable:
-                os.fsync(self._handle.fileno())
-
-
 def made(rng: np.random.Generator, robot: str, payload: int = 0, *, breach: bool = False) -> Episode:
     """A short episode that keeps the contract, or with `breach` breaks it.
 

@@ -12,20 +12,22 @@ import json
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flows.deployment import Deployment, deployment
 from flows.params import Params, load_params
 from flows.stages.common import BUFFER, CHECKPOINT, OFFLINE, n_step, replay_for
-from infra import metrics, tracing
+from infra import metrics, milestones, tracing
 from infra.errors import LwdError
 from infra.files import write_durably
 from infra.process import die_with_parent, log_to, patiently, stop_on_signal
 from infra.reader import Increment, SnapshotReader
 from lwd_model.bundle import export_bundle
-from lwd_model.chunks import Replay, mixed_sample
+from lwd_model.chunks import Batch, Replay, mixed_sample
 from lwd_model.learner import Learner
 from lwd_model.shards import read_buffer
 
@@ -48,6 +50,7 @@ class OnlineLearner:
     offline: Replay
     online: Replay
     began_at: int
+    fresh: dict[str, float] = field(default_factory=dict)  # online episodes never drawn from: held since when
 
     @property
     def updates(self) -> int:
@@ -63,28 +66,31 @@ class OnlineLearner:
         """Bring the online replay to the increment's snapshot."""
         for episode_id in increment.removed:
             self.online.remove(episode_id)
+            self.fresh.pop(episode_id, None)
         for episode in increment.added:
             self.online.add(episode, n_step(episode.task, self.learner.config.learner))
         self.learner.snapshot_version = increment.version
+        if milestones.on():
+            self.fresh |= {episode.episode_id: time.time() for episode in increment.added}
         metrics.REPLAY_EPISODES.set(len(self.online.episodes))
 
     def update(self) -> dict[str, float] | None:
         """One update; its metrics every 20."""
-        config = self.learner.config.learner
         every: list[dict[str, float] | None] = []
         with metrics.UPDATE_SECONDS.time():
-            self.learner.fit(
-                lambda rng: mixed_sample(
-                    self.offline, self.online, config.batch, rng, config.online_fraction, balanced=True
-                ),
-                1,
-                on_step=lambda _, row: every.append(row),
-                metrics_every=20,
-            )
+            self.learner.fit(self._sample, 1, on_step=lambda _, row: every.append(row), metrics_every=20)
         metrics.UPDATES.inc()
         for kind, value in (every[0] or {}).items():
             metrics.TRAINING.set(value, kind=kind)
         return every[0]
+
+    def _sample(self, rng: np.random.Generator) -> Batch:
+        config = self.learner.config.learner
+        batch = mixed_sample(self.offline, self.online, config.batch, rng, config.online_fraction, balanced=True)
+        if self.fresh:
+            drawn = self.online.owners(batch.index[batch.online]) & self.fresh.keys()
+            milestones.sampled({episode_id: self.fresh.pop(episode_id) for episode_id in drawn})
+        return batch
 
     def publish(self) -> int:
         """Publish the deployed policy and keep a checkpoint that knows of it."""
@@ -148,6 +154,7 @@ def run(params: Params, plane: Deployment, stop: threading.Event) -> None:
                 loop.take(increment)
             elif stop.is_set():
                 return
+        loop.fresh.clear()  # those were drawn from in an earlier life
         with rows.open("a", buffering=1) as log:
             while not stop.is_set() and loop.updates < params.online.updates:
                 if (increment := patiently(reader.poll, stop)) is not None:

@@ -21,12 +21,15 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from infra import metrics, milestones, tracing
 from infra.catalog import Catalog, dialect
 from infra.catalog.leases import Lease
 from infra.catalog.schema import dead_letters, episodes, quarantine, revocations, snapshot_episodes
+from infra.catalog_metrics import CatalogMetrics, times_of
 from infra.crashpoints import crashpoint
 from infra.errors import LeaseLostError, LwdError
 from infra.events import DeadLetter, Event, EventLog, store_offsets
+from infra.events.outbox import OutboxLog
 from infra.examine import BatchCheck, Check, Examiner, Verdict
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_events, open_objects
@@ -76,6 +79,7 @@ class Coordinator:
         self._influence_max = influence_max
         self.lease = Lease(catalog, CONSUMER, lease_s, holder)
         self._renew_at = 0.0
+        self._gauges = CatalogMetrics(catalog, relayed=events.name != OutboxLog.name, lag=lambda: events.lag(CONSUMER))
 
     def step(self) -> int:
         """Handle one micro-batch; returns the number of events it settled, 0 when there were none.
@@ -90,6 +94,7 @@ class Coordinator:
         records = self._events.poll(CONSUMER, self._micro_batch)
         if not records:
             return 0
+        began = time.time()
         events = [record for record in records if isinstance(record, Event)]
         dead = [record for record in records if isinstance(record, DeadLetter)]
         settled = self._settled(events)
@@ -107,7 +112,14 @@ class Coordinator:
         self._renew_at = time.monotonic() + self.lease.seconds / 3
         fields = {"snapshot": snapshot.version, "episodes": snapshot.episodes, "events": len(events)}
         log.info("committed", extra={"fields": fields})
+        self._show(events, verdicts, snapshot, began)
         return len(records)
+
+    def _show(self, events: Sequence[Event], verdicts: Sequence[Verdict], snapshot: Snapshot, began: float) -> None:
+        """The micro-batch, as metrics and traces."""
+        if milestones.on():
+            times, _ = times_of(self._catalog, [verdict.event.episode_id for verdict in verdicts])
+            milestones.settled(verdicts, len(events) - len(verdicts), times, snapshot.version, began)
 
     def run(self, stop: threading.Event, poll_s: float = 0.2) -> None:
         """Step until `stop` is set, then give the lease back. Waits out servers that are away.
@@ -120,11 +132,13 @@ class Coordinator:
             while not stop.is_set():
                 try:
                     handled = self.step()
+                    self._gauges.refresh()
                     failures = 0
                 except LeaseLostError:
                     raise
                 except LwdError as error:
                     failures += 1
+                    metrics.COORDINATOR_RETRIES.inc()
                     log.warning("will try again: %s", error.problem)
                     stop.wait(backoff(failures))
                     continue
@@ -132,6 +146,7 @@ class Coordinator:
                     stop.wait(poll_s)
         finally:
             self._events.close()  # whoever has the lease next needs the log's partitions
+            self._gauges.stand_down()
             try:
                 self.lease.release()
             except LwdError as error:
@@ -253,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(home=options.home)
         log_to(settings.logs_dir, "coordinator")
+        metrics.serve(settings, "coordinator")
+        tracing.start("coordinator")
         catalog = open_catalog(settings, migrate=True, stop=stop)
         crashpoint("coordinator.started")
         check, objects = load_callable(options.check), patiently(lambda: open_objects(settings), stop)

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from infra import milestones
 from infra.episode import SCHEMA_VERSION, Episode, decode
 from infra.errors import CorruptDataError
 from infra.events import Event
@@ -107,8 +108,10 @@ class Examiner:
         fetched = self._fetch_all(known)
         verdicts = []
         for event in events:
+            began = time.time()
             if event.schema_version == SCHEMA_VERSION:
                 verdicts.append(self._judge(event, next(fetched)))
+                milestones.examined(event, began)
             else:
                 message = f"schema version {event.schema_version}, this server reads {SCHEMA_VERSION}"
                 verdicts.append(Verdict(event).refuse("schema", "schema_version", message))

@@ -19,6 +19,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from infra import metrics
 from infra.catalog import Catalog, schema
 from infra.crashpoints import crashpoint
 from infra.errors import CorruptDataError, LwdError, StorageFullError, UnavailableError
@@ -232,6 +234,7 @@ class Prefetcher:
     def _fetch(self, member: Member, stop: threading.Event) -> str | None:
         """Bring one object to `new`; after all tries, the problem. Nothing is brought when `stop` is set meanwhile."""
         problem: CorruptDataError | UnreadableError | None = None
+        began = time.monotonic()
         for attempt in range(self._retries + 1):
             if attempt == self._retries:
                 if not isinstance(problem, UnreadableError):
@@ -242,10 +245,14 @@ class Prefetcher:
             except (CorruptDataError, UnreadableError) as error:
                 _log.warning("try %d: %s", attempt + 1, error.problem)
                 problem = error
+                metrics.PREFETCH_RETRIES.inc()
                 if stop.wait(backoff(attempt, self._pause_s)):
                     return None
             else:
                 write_durably(self._cache.new / f"{member.sha256}.tar", data)
+                metrics.PREFETCHED.inc()
+                metrics.PREFETCHED_BYTES.inc(len(data))
+                metrics.PREFETCH_SECONDS.observe(time.monotonic() - began)
                 return None
         return problem.problem if problem else None
 
@@ -282,6 +289,7 @@ class Prefetcher:
     def _withdraw(self, episode_ids: Sequence[str], problem: str) -> None:
         reason = f"{self._name} gave up after {self._retries} tries: {problem}"
         version = self._snapshots.withdraw(episode_ids, reason=reason, writer=self._name).version
+        metrics.WITHDRAWN.inc(len(episode_ids))
         _log.error("episodes %s withdrawn by snapshot %d: %s", ", ".join(episode_ids), version, problem)
 
 
@@ -317,11 +325,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(home=options.home)
         log_to(settings.logs_dir, f"prefetcher-{options.reader}")
-        catalog = open_catalog(settings)
+        metrics.serve(settings, f"prefetcher-{options.reader}")
+        catalog, cache = open_catalog(settings), Cache(settings.cache_dir / options.reader)
+        metrics.CACHE_BYTES.follow(lambda: float(cache.used()))
+        metrics.CACHE_LIMIT.set(settings.cache_max_mib * MIB)
         Prefetcher(
             catalog,
             open_objects(settings),
-            Cache(settings.cache_dir / options.reader),
+            cache,
             budget=settings.cache_max_mib * MIB,
             after=options.after,
             retries=settings.fetch_retries,

@@ -15,7 +15,9 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
+from infra import metrics, milestones
 from infra.catalog import dialect, schema
+from infra.catalog_metrics import times_of
 from infra.collect import pin
 from infra.episode import Episode, decode
 from infra.errors import ConfigError, CorruptDataError, UnavailableError
@@ -112,7 +114,7 @@ class SnapshotReader:
             return None
         added = tuple(self._taken[member.sha256] for member in step.added)
         increment = Increment(self.version, step.version, step.digest, added, step.removed)
-        self._record(step.version)
+        self._show(increment, first=self._record(step.version))
         self.version, self.digest = step.version, step.digest
         self._taken.clear()
         return increment
@@ -173,15 +175,23 @@ class SnapshotReader:
             pin(connection, self._name, self.version)
         self._pin_due = time.monotonic() + _PIN_EVERY_S
 
-    def _record(self, version: int) -> None:
-        """When each version reached this reader, the first time; and that it holds the last of them."""
+    def _show(self, increment: Increment, first: bool) -> None:
+        """The increment, as metrics and traces; what this reader had read in an earlier life is no latency."""
+        metrics.READER_VERSION.set(increment.version, reader=self._name)
+        metrics.READER_EPISODES.inc(len(increment.added))
+        if first and milestones.on():
+            milestones.loaded(self._name, *times_of(self._catalog, [e.episode_id for e in increment.added]))
+
+    def _record(self, version: int) -> bool:
+        """When each version reached this reader, the first time; and that it holds the last. Whether that is new."""
         with self._catalog.begin() as connection:
             pin(connection, self._name, version)
-            at = dialect.now(connection)
+            at, new = dialect.now(connection), False
             for loaded in range(self.version + 1, version + 1):
                 row = {"reader": self._name, "version": loaded, "loaded_at": at}
-                dialect.insert_if_absent(connection, schema.loads, row)
+                new = dialect.insert_if_absent(connection, schema.loads, row)
         self._pin_due = time.monotonic() + _PIN_EVERY_S
+        return new
 
     def _keep_alive(self) -> None:
         if not self._follow:
@@ -200,6 +210,7 @@ class SnapshotReader:
             self._due = now + min(0.1 * 2.0**self._quick_deaths, 5.0)
         if self._process is None and now >= self._due:
             self.respawns += 1
+            metrics.PREFETCHER_RESTARTS.inc()
             self._spawn()
 
     def _spawn(self) -> None:

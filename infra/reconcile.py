@@ -21,6 +21,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from infra import metrics
 from infra.catalog import Catalog, dialect
 from infra.catalog.leases import Lease
 from infra.catalog.schema import episodes, outbox, quarantine, snapshot_episodes
@@ -128,7 +129,9 @@ def run(
         try:
             renew_at = 0.0
             alive()
-            found = reconcile(catalog, objects, grace_s=grace_s, sweep=sweep, alive=alive)
+            with metrics.RECONCILE_SECONDS.time():
+                found = reconcile(catalog, objects, grace_s=grace_s, sweep=sweep, alive=alive)
+            _show(found)
             failures = 0
             sweep_at = time.monotonic() + sweep_s if sweep else sweep_at
             if found != Reconciliation(0, 0, 0, 0):
@@ -145,6 +148,13 @@ def run(
         lease.release()
     except LwdError as error:
         log.warning("the lease was not released: %s", error.problem)
+
+
+def _show(found: Reconciliation) -> None:
+    """As metrics."""
+    metrics.RECONCILE_FINISHED.set(time.time())
+    for kind, count in vars(found).items():
+        metrics.RECONCILED.inc(count, kind=kind)
 
 
 def _delete_orphans(catalog: Catalog, objects: ObjectStore, before: float, alive: Callable[[], object]) -> int:
@@ -209,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(home=options.home)
         log_to(settings.logs_dir, ROLE)
+        metrics.serve(settings, ROLE)
         catalog = open_catalog(settings, migrate=True, stop=stop)
         objects = patiently(lambda: open_objects(settings), stop)
         run(catalog, objects, stop, every_s=options.every, grace_s=options.grace, lease_s=settings.lease_s)

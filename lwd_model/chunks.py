@@ -208,6 +208,15 @@ class Replay:
         """
         return self._gather(self._draw(batch, rng, balanced, cloned_only)[part])
 
+    def owners(self, index: Tensor) -> set[str]:
+        """The episodes that samples come from, by their places (`Batch.index`)."""
+        ids = self.episodes
+        return (
+            {ids[ordinal] for ordinal in np.unique(self._columns["ordinal"].data[index.numpy()])}
+            if len(index)
+            else set()
+        )
+
     def has_samples(self, cloned_only: bool = False) -> bool:
         """Whether there is anything to draw from."""
         return len(self._view(True)[0]) > 0 if cloned_only else len(self) > 0

@@ -53,7 +53,11 @@ class Kafka(Server):
         identity = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         argv = [_java(), "-cp", f"{self._jars}/*", "kafka.tools.StorageTool", "format", "--standalone"]
         self._configure()
-        run([*argv, "-t", identity, "-c", str(self._properties)], "formatting Kafka's log", fix="free disk space")
+        run(
+            [*argv, f"--cluster-id={identity}", "-c", str(self._properties)],
+            "formatting Kafka's log",
+            fix="free disk space",
+        )
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         self._configure()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.oplog import OperationLog
 from bench.route import parse_route, take_route
 from bench.speed_fleet import episode
 from infra.edge.client import EdgeClient

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from bench.actors import OperationLog
+from bench.oplog import OperationLog
 from bench.route import parse_route, take_route
 from infra.edge.inference import load_policy
 from infra.edge.remote import RemoteServer

@@ -6,12 +6,11 @@ which version had which digest when it was new.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,14 +43,6 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def operations(robots: Path) -> Iterator[dict[str, Any]]:
-    """The lines of all operation logs; a line that a kill tore is left out."""
-    for path in sorted((robots / "operations").glob("*.jsonl")):
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(text)
 
 
 def check(

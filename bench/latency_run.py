@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import sqlalchemy as sa
 
 from bench.fleet import Fleet
-from bench.history import operations
+from bench.oplog import operations
 from infra.catalog.schema import episodes, loads, snapshot_episodes, snapshots
 from infra.errors import UnavailableError
 from infra.policy.channel import PolicyPublisher
@@ -27,7 +26,7 @@ WARM_S = 3.0  # first connections, first statements: not counted
 _DRAIN_S = 120.0
 _PUBLISH_S = 90.0
 _BETWEEN_S = 3.0  # from one policy being active everywhere to the next
-_HOSTS = 4
+_HOSTS = 2
 _FEW = 20  # episodes of a run that are all counted
 
 
@@ -58,9 +57,8 @@ class Run:
 
     @property
     def policy_poll_s(self) -> float:
-        """How often a robot asks for announcements: a deployment's default, or less, lest a fleet asks for more than
-        80 times a second."""
-        return max(0.2, self.actors / 80)
+        """How often a robot asks for announcements: the larger the fleet the less: it asks 50 times a second."""
+        return max(0.2, self.actors / 50)
 
 
 def measure(fleet: Fleet, publisher: PolicyPublisher, bundle: Path, run: Run) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def _is_active(fleet: Fleet, run: Run, version: int) -> bool:
 def _way_of_episodes(fleet: Fleet) -> list[list[float]]:
     """Of each episode, when it was: being closed on its robot, closed, committed, in a snapshot, held by the learner's
     end; seconds since the epoch. One machine, one clock."""
-    closed = {line["id"]: line for line in operations(fleet.robots) if line["op"] == "closed"}
+    closed = {line["id"]: line for line in operations(fleet.robots / "operations") if line["op"] == "closed"}
     warm = min(line["began"] for line in closed.values()) + WARM_S
     query = (
         sa.select(episodes.c.episode_id, episodes.c.committed_at, snapshots.c.created_at, loads.c.loaded_at)
@@ -176,10 +174,8 @@ def _robots(run: Run) -> set[str]:
     return {f"a{number}" for number in range(run.actors)}
 
 
-def _lines(fleet: Fleet) -> list[dict[str, Any]]:
-    """What the followers wrote, as far as it is whole."""
-    texts = [path.read_text().rpartition("\n")[0] for path in (fleet.robots / "followed").glob("*.jsonl")]
-    return [json.loads(line) for text in texts for line in text.splitlines() if line]
+def _lines(fleet: Fleet) -> Iterator[dict[str, Any]]:
+    return operations(fleet.robots / "followed")
 
 
 def _wait(fleet: Fleet, seconds: float, problem: str = "", until: Callable[[], bool] = lambda: False) -> None:

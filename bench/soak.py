@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench.envelope import RESULTS, Envelope
 from bench.faults import Injector
 from bench.fleet import Fleet
-from bench.history import Verdict, check, operations
+from bench.history import Verdict, check
+from bench.oplog import operations
 from bench.soak_figure import figure
 from infra.catalog.schema import episodes, quarantine, snapshots
 from infra.errors import LwdError
@@ -99,7 +100,8 @@ def soak(folder: Path, options: argparse.Namespace) -> tuple[Verdict, dict[str, 
         restarts = fleet.supervisor.restarts
         fleet.supervisor.stop()
         damaged_late = injector.mend()
-        verdict = check(fleet.catalog, fleet.objects, operations(fleet.robots), fleet.home / "reader.jsonl")
+        log = operations(fleet.robots / "operations")
+        verdict = check(fleet.catalog, fleet.objects, log, fleet.home / "reader.jsonl")
     finally:
         fleet.close()
     verdict.broken += late

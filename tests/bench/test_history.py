@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from bench.actors import made
-from bench.history import check, operations
+from bench.history import check
 from data_contracts.checks import default_check
 from infra.catalog import Catalog
 from infra.catalog.schema import episodes, quarantine, snapshot_episodes
@@ -154,9 +154,3 @@ def test_a_member_that_appears_in_an_old_snapshot_breaks_the_chain(run: Run) -> 
     run.execute(snapshot_episodes.update().where(snapshot_episodes.c.episode_id == run.member).values(added=3))
     with pytest.raises(CorruptDataError, match="snapshot 1"):
         run.verdict()
-
-
-def test_torn_lines_of_an_operation_log_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "operations").mkdir()
-    (tmp_path / "operations" / "0.jsonl").write_text('{"op": "closed", "id": "a"}\n{"op": "clo\n{"op": "sent"}\n')
-    assert [line["op"] for line in operations(tmp_path)] == ["closed", "sent"]

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.actors import Actor, OperationLog, made
-from bench.history import check, operations
+from bench.actors import Actor, made
+from bench.history import check
 from bench.latency_figure import PAPER
 from bench.latency_figure import figure as latency_figure
+from bench.oplog import OperationLog, operations
 from bench.route import parse_route
 from bench.soak_figure import figure, rates
 from data_contracts.checks import default_check
@@ -78,7 +79,7 @@ def test_a_robot_records_sends_logs_and_goes_on_after_a_kill(tmp_path: Path) -> 
 
     live(3)
     live(5)  # another life of the same robot: two more
-    log = list(operations(home))
+    log = list(operations(home / "operations"))
     closed = [line["id"] for line in log if line["op"] == "closed"]
     assert len(closed) == len(set(closed)) == 5
     assert {line["id"] for line in log if line["op"] == "confirmed"} == set(closed)
@@ -92,7 +93,7 @@ def test_a_file_ends_the_recording(tmp_path: Path) -> None:
     catalog.migrate()
     (tmp_path / "enough").touch()
     robot(tmp_path, EmbeddedServer(catalog, DirectoryStore(tmp_path / "objects"), "a0"), 5).run(threading.Event())
-    assert list(operations(tmp_path)) == []
+    assert list(operations(tmp_path / "operations")) == []
 
 
 def test_a_torn_line_does_not_swallow_the_next_one(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_a_torn_line_does_not_swallow_the_next_one(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_text('{"op": "clo')
     OperationLog(path).write("sent", id="a", durable=True)
-    assert [line["op"] for line in operations(tmp_path)] == ["sent"]
+    assert [line["op"] for line in operations(tmp_path / "operations")] == ["sent"]
 
 
 def test_a_route_is_pairs_of_ports() -> None:

@@ -186,11 +186,12 @@ def test_answers_that_break_off_are_held_against_an_object_only_if_others_come(
 def test_a_network_that_comes_back_while_others_are_asked_withdraws_nothing(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("infra.prefetcher._AT_ONCE", 1)  # one after the other: the order of the calls is what is tested
     commit(plane, range(2))
     whole, calls = plane.objects.get, itertools.count(1)
 
     def get(key: str) -> bytes:
-        if next(calls) <= 2 * 2:  # both tries of both objects
+        if next(calls) <= 2:  # both tries of the first object; then another is asked for, and comes
             raise UnreadableError(f"object {key} did not come whole", "see the network")
         return whole(key)
 

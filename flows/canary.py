@@ -22,8 +22,8 @@ from flows.canary_trial import Trial, canary_robots, episodes_of, find_trial, re
 from flows.deployment import Deployment, deployment
 from infra import metrics
 from infra.episode import decode
-from infra.errors import ConfigError, CorruptDataError, LwdError
-from infra.process import die_with_parent, log_to, patiently, stop_on_signal
+from infra.errors import ConfigError, CorruptDataError
+from infra.process import log_to, patiently, process_arguments, run_process
 
 POLL_S = 2.0
 PROPOSER = "canary"
@@ -215,36 +215,30 @@ def _show(look: Look | None) -> None:
     metrics.CANARY_ROBOTS.set(len(look.robots))
 
 
+def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    spec = load_canary(options.gate)
+    with deployment(options.home) as plane:
+        log_to(plane.settings.logs_dir, "canary")
+        metrics.serve(plane.settings, "canary")
+        watcher, told = Watcher(plane, spec), ""
+        while not stop.is_set():
+            look = patiently(watcher.look, stop)
+            _show(look)
+            said = "" if look is None else f"policy {look.trial.version}: {look.answer}"
+            if look is not None and said != told:
+                level = logging.WARNING if look.acted in ("refused", "withdrawn") else logging.INFO
+                log.log(level, "%s: %s", said, look.decision.reasons[0], extra={"fields": {"acted": look.acted}})
+            told = said
+            stop.wait(options.poll)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m flows.canary`: watch whatever is put on trial, until SIGTERM; exit code of the error otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m flows.canary", description="Watch what is on trial.")
-    parser.add_argument("--home", type=Path, required=True, help="the deployment")
+    parser = process_arguments("flows.canary", "Watch what is on trial.")
     parser.add_argument("--gate", type=Path, default=DEFAULT_CANARY, help="the canary's file")
     parser.add_argument("--poll", type=float, default=POLL_S, help="seconds between two looks")
-    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args(arguments)
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
-    try:
-        spec = load_canary(options.gate)
-        with deployment(options.home) as plane:
-            log_to(plane.settings.logs_dir, "canary")
-            metrics.serve(plane.settings, "canary")
-            watcher, told = Watcher(plane, spec), ""
-            while not stop.is_set():
-                look = patiently(watcher.look, stop)
-                _show(look)
-                said = "" if look is None else f"policy {look.trial.version}: {look.answer}"
-                if look is not None and said != told:
-                    level = logging.WARNING if look.acted in ("refused", "withdrawn") else logging.INFO
-                    log.log(level, "%s: %s", said, look.decision.reasons[0], extra={"fields": {"acted": look.acted}})
-                told = said
-                stop.wait(options.poll)
-    except LwdError as error:
-        print(f"canary: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_process(options, lambda stop: _serve(options, stop), label="canary")
 
 
 if __name__ == "__main__":

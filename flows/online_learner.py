@@ -22,9 +22,8 @@ from flows.deployment import Deployment, deployment
 from flows.params import Params, load_params
 from flows.stages.common import BUFFER, CHECKPOINT, OFFLINE, n_step, replay_for
 from infra import metrics, milestones, tracing
-from infra.errors import LwdError
 from infra.files import write_durably
-from infra.process import die_with_parent, log_to, patiently, stop_on_signal
+from infra.process import log_to, patiently, process_arguments, run_process
 from infra.reader import Increment, SnapshotReader
 from lwd_model.bundle import export_bundle
 from lwd_model.chunks import Batch, Replay, mixed_sample
@@ -186,26 +185,20 @@ def _resumed_rows(loop: OnlineLearner) -> Path:
     return path
 
 
+def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    with deployment(options.home) as plane:
+        log_to(plane.settings.logs_dir, "learner")
+        metrics.serve(plane.settings, "learner")
+        tracing.start("learner")
+        run(load_params(options.params), plane, stop)
+
+
 def main() -> int:
     """Run until done or SIGTERM; exit code of the error otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m flows.online_learner", description="Learn while deployed.")
-    parser.add_argument("--home", type=Path, required=True, help="the deployment")
+    parser = process_arguments("flows.online_learner", "Learn while deployed.")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args()
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
-    try:
-        with deployment(options.home) as plane:
-            log_to(plane.settings.logs_dir, "learner")
-            metrics.serve(plane.settings, "learner")
-            tracing.start("learner")
-            run(load_params(options.params), plane, stop)
-    except LwdError as error:
-        print(f"learner: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_process(options, lambda stop: _serve(options, stop), label="learner")
 
 
 if __name__ == "__main__":

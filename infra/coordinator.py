@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -33,7 +32,7 @@ from infra.events.outbox import OutboxLog
 from infra.examine import BatchCheck, Check, Examiner, Verdict
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_events, open_objects
-from infra.process import backoff, die_with_parent, load_callable, log_to, patiently, stop_on_signal
+from infra.process import backoff, load_callable, log_to, patiently, process_arguments, run_process
 from infra.settings import load_settings
 from infra.snapshots import Snapshot, append, current
 
@@ -253,49 +252,43 @@ def _last(events: Iterable[Event | DeadLetter]) -> dict[int, int]:
     return positions
 
 
+def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    settings = load_settings(home=options.home)
+    log_to(settings.logs_dir, "coordinator")
+    metrics.serve(settings, "coordinator")
+    tracing.start("coordinator")
+    catalog = open_catalog(settings, migrate=True, stop=stop)
+    crashpoint("coordinator.started")
+    check, objects = load_callable(options.check), patiently(lambda: open_objects(settings), stop)
+    with closing(patiently(lambda: open_events(settings, catalog), stop)) as events:
+        coordinator = Coordinator(
+            catalog,
+            objects,
+            events,
+            check,
+            batch_check=load_callable(options.batch_check) if options.batch_check else None,
+            micro_batch=settings.micro_batch,
+            lease_s=settings.lease_s,
+            fetch_retries=settings.fetch_retries,
+            influence_max=settings.influence_max,
+        )
+        while not stop.is_set():
+            try:
+                coordinator.run(stop, settings.poll_s)
+            except LeaseLostError:
+                if not options.standby:
+                    raise
+                stop.wait(settings.lease_s / 3)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m infra.coordinator`: run until SIGTERM; exit code of the error otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m infra.coordinator", description="Commit episodes to snapshots.")
-    parser.add_argument("--home", type=Path, required=True)
+    parser = process_arguments("infra.coordinator", "Commit episodes to snapshots.")
     parser.add_argument("--check", required=True, help="module:function, the data contract for one episode")
     parser.add_argument("--batch-check", help="module:function, for the accepted episodes of a micro-batch")
     parser.add_argument("--standby", action="store_true", help="wait for the lease instead of ending")
-    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args(arguments)
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
-    try:
-        settings = load_settings(home=options.home)
-        log_to(settings.logs_dir, "coordinator")
-        metrics.serve(settings, "coordinator")
-        tracing.start("coordinator")
-        catalog = open_catalog(settings, migrate=True, stop=stop)
-        crashpoint("coordinator.started")
-        check, objects = load_callable(options.check), patiently(lambda: open_objects(settings), stop)
-        with closing(patiently(lambda: open_events(settings, catalog), stop)) as events:
-            coordinator = Coordinator(
-                catalog,
-                objects,
-                events,
-                check,
-                batch_check=load_callable(options.batch_check) if options.batch_check else None,
-                micro_batch=settings.micro_batch,
-                lease_s=settings.lease_s,
-                fetch_retries=settings.fetch_retries,
-                influence_max=settings.influence_max,
-            )
-            while not stop.is_set():
-                try:
-                    coordinator.run(stop, settings.poll_s)
-                except LeaseLostError:
-                    if not options.standby:
-                        raise
-                    stop.wait(settings.lease_s / 3)
-    except LwdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_process(options, lambda stop: _serve(options, stop))
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ import sqlalchemy as sa
 from infra import metrics
 from infra.catalog import Catalog, schema
 from infra.crashpoints import crashpoint
-from infra.errors import CorruptDataError, LwdError, StorageFullError, UnavailableError
+from infra.errors import CorruptDataError, StorageFullError, UnavailableError
 from infra.files import write_durably
 from infra.objects import ObjectStore, UnreadableError
 from infra.plane import open_catalog, open_objects
-from infra.process import backoff, die_with_parent, log_to, stop_on_signal
+from infra.process import backoff, log_to, process_arguments, run_process
 from infra.settings import MIB, load_settings
 from infra.snapshots import Difference, Member, Snapshots
 
@@ -311,37 +311,31 @@ def _holds(path: Path, sha256: str) -> bool:
         return False
 
 
+def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    settings = load_settings(home=options.home)
+    log_to(settings.logs_dir, f"prefetcher-{options.reader}")
+    metrics.serve(settings, f"prefetcher-{options.reader}")
+    catalog, cache = open_catalog(settings), Cache(settings.cache_dir / options.reader)
+    metrics.CACHE_BYTES.follow(lambda: float(cache.used()))
+    metrics.CACHE_LIMIT.set(settings.cache_max_mib * MIB)
+    Prefetcher(
+        catalog,
+        open_objects(settings),
+        cache,
+        budget=settings.cache_max_mib * MIB,
+        after=options.after,
+        retries=settings.fetch_retries,
+        name=options.reader,
+    ).run(stop, settings.poll_s)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until SIGTERM or until the reader's process ends; exit code of the error otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m infra.prefetcher", description="Fetch new snapshots to a cache.")
-    parser.add_argument("--home", type=Path, required=True)
+    parser = process_arguments("infra.prefetcher", "Fetch new snapshots to a cache.")
     parser.add_argument("--reader", default="learner", help="name of the reader; its cache lies below <home>/cache")
     parser.add_argument("--after", type=int, default=0, help="snapshot version that the reader holds")
-    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args(arguments)
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
-    try:
-        settings = load_settings(home=options.home)
-        log_to(settings.logs_dir, f"prefetcher-{options.reader}")
-        metrics.serve(settings, f"prefetcher-{options.reader}")
-        catalog, cache = open_catalog(settings), Cache(settings.cache_dir / options.reader)
-        metrics.CACHE_BYTES.follow(lambda: float(cache.used()))
-        metrics.CACHE_LIMIT.set(settings.cache_max_mib * MIB)
-        Prefetcher(
-            catalog,
-            open_objects(settings),
-            cache,
-            budget=settings.cache_max_mib * MIB,
-            after=options.after,
-            retries=settings.fetch_retries,
-            name=options.reader,
-        ).run(stop, settings.poll_s)
-    except LwdError as error:
-        print(f"prefetcher: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_process(options, lambda stop: _serve(options, stop), label="prefetcher")
 
 
 if __name__ == "__main__":

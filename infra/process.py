@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infra.errors import ConfigError, UnavailableError
+from infra.errors import ConfigError, LwdError, UnavailableError
 
 T = TypeVar("T")
 
@@ -52,6 +53,33 @@ def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def process_arguments(module: str, description: str) -> argparse.ArgumentParser:
+    """A parser with what every long-lived process is told: its deployment, and whom not to outlive."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--home", type=Path, required=True, help="the deployment")
+    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
+    return parser
+
+
+def run_process(options: argparse.Namespace, work: Callable[[threading.Event], object], *, label: str = "error") -> int:
+    """Do a process's `work`, which is given the event that a signal sets; the exit code. Main thread only.
+
+    Args:
+        options: from a parser of `process_arguments`.
+        work: until the event is set, or until it is done.
+        label: what the line on stderr begins with where `work` raises an LwdError.
+    """
+    if options.parent:
+        die_with_parent(options.parent)
+    stop = stop_on_signal()
+    try:
+        work(stop)
+    except LwdError as error:
+        print(f"{label}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def redact(text: str) -> str:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,7 +29,7 @@ from infra.errors import LeaseLostError, LwdError
 from infra.events import announce
 from infra.objects import ObjectInfo, ObjectStore
 from infra.plane import open_catalog, open_objects
-from infra.process import backoff, die_with_parent, log_to, patiently, stop_on_signal
+from infra.process import backoff, log_to, patiently, process_arguments, run_process
 from infra.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -203,30 +202,22 @@ def _unsettled(before: float) -> sa.Select[Any]:
     return sa.select(episodes).where(episodes.c.committed_at <= before, ~recent, ~held, ~member)
 
 
+def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    settings = load_settings(home=options.home)
+    log_to(settings.logs_dir, ROLE)
+    metrics.serve(settings, ROLE)
+    catalog = open_catalog(settings, migrate=True, stop=stop)
+    objects = patiently(lambda: open_objects(settings), stop)
+    run(catalog, objects, stop, every_s=options.every, grace_s=options.grace, lease_s=settings.lease_s)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m infra.reconcile`: run until SIGTERM; exit code of the error otherwise."""
-    parser = argparse.ArgumentParser(
-        prog="python -m infra.reconcile", description="Mend what servers and crashes lost."
-    )
-    parser.add_argument("--home", type=Path, required=True)
+    parser = process_arguments("infra.reconcile", "Mend what servers and crashes lost.")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two looks")
     parser.add_argument("--grace", type=float, default=3600.0, help="age of a difference that is mended, seconds")
-    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args(arguments)
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
-    try:
-        settings = load_settings(home=options.home)
-        log_to(settings.logs_dir, ROLE)
-        metrics.serve(settings, ROLE)
-        catalog = open_catalog(settings, migrate=True, stop=stop)
-        objects = patiently(lambda: open_objects(settings), stop)
-        run(catalog, objects, stop, every_s=options.every, grace_s=options.grace, lease_s=settings.lease_s)
-    except LwdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_process(options, lambda stop: _serve(options, stop))
 
 
 if __name__ == "__main__":

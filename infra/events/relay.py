@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,7 +28,7 @@ from infra.crashpoints import crashpoint
 from infra.errors import ConfigError, LwdError
 from infra.events import broker, message
 from infra.plane import open_catalog
-from infra.process import backoff, die_with_parent, log_to, stop_on_signal
+from infra.process import backoff, log_to, process_arguments, run_process
 from infra.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -150,32 +149,26 @@ class Relay:
         broker.answered()
 
 
+def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    settings = load_settings(home=options.home)
+    log_to(settings.logs_dir, "relay")
+    metrics.serve(settings, "relay")
+    tracing.start("relay")
+    if settings.profile == "local" or settings.kafka_bootstrap is None:
+        raise ConfigError(
+            f"the outbox of {settings.home} is itself the log: there is nothing to relay",
+            "set profile to fleet and kafka_bootstrap, or start no relay",
+        )
+    catalog = open_catalog(settings, stop=stop)
+    relay = Relay(catalog, settings.kafka_bootstrap, settings.kafka_topic, settings.kafka_options)
+    relay.run(stop, settings.poll_s)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m infra.events.relay`: run until SIGTERM; exit code of the error otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m infra.events.relay", description="Publish the outbox to Kafka.")
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
+    parser = process_arguments("infra.events.relay", "Publish the outbox to Kafka.")
     options = parser.parse_args(arguments)
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
-    try:
-        settings = load_settings(home=options.home)
-        log_to(settings.logs_dir, "relay")
-        metrics.serve(settings, "relay")
-        tracing.start("relay")
-        if settings.profile == "local" or settings.kafka_bootstrap is None:
-            raise ConfigError(
-                f"the outbox of {settings.home} is itself the log: there is nothing to relay",
-                "set profile to fleet and kafka_bootstrap, or start no relay",
-            )
-        catalog = open_catalog(settings, stop=stop)
-        relay = Relay(catalog, settings.kafka_bootstrap, settings.kafka_topic, settings.kafka_options)
-        relay.run(stop, settings.poll_s)
-    except LwdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_process(options, lambda stop: _serve(options, stop))
 
 
 if __name__ == "__main__":

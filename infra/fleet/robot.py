@@ -10,7 +10,6 @@ catalog and store are at hand. Nothing here imports torch, and the remote robot 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -43,7 +42,7 @@ from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD, SceneEnv
 from infra.fleet.tasks import task
 from infra.policy.keys import load_trusted
 from infra.policy.subscriber import ActivePolicy, PolicySubscriber
-from infra.process import die_with_parent, log_to, stop_on_signal
+from infra.process import log_to, process_arguments, run_process
 from infra.settings import MIB, Settings, load_settings
 
 
@@ -274,10 +273,16 @@ def _event(event: str, fields: dict[str, Any]) -> None:
     _say(event, logging.WARNING if event == "trouble" else logging.INFO, **fields)
 
 
+def _serve(home: Path, config: RobotConfig, stop: threading.Event) -> None:
+    settings = load_settings(home=home)
+    log_to(settings.logs_dir, f"robot-{config.robot_id}")
+    tracing.start(f"robot-{config.robot_id}")  # its metrics come with its heartbeats
+    Robot(config, settings, stop).run()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one robot; exit code of the error otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m infra.fleet.robot", description="Run one simulated robot.")
-    parser.add_argument("--home", type=Path, required=True, help="the deployment")
+    parser = process_arguments("infra.fleet.robot", "Run one simulated robot.")
     parser.add_argument("--robot", required=True, help="this robot's name")
     parser.add_argument("--tasks", required=True, help="comma-separated keys, run in turn: S1,S2")
     parser.add_argument("--seed", type=int, default=0)
@@ -287,11 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cohort", default="learning", choices=("learning", "canary", "production"))
     parser.add_argument("--drain", type=float, default=5.0, help="seconds to wait at the end for the spool to empty")
     parser.add_argument("--pace", type=float, default=0.0, help="multiple of real time; 0 is as fast as possible")
-    parser.add_argument("--parent", type=int, help="stop when this process, which started this one, ends")
     options = parser.parse_args(arguments)
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
     config = RobotConfig(
         robot_id=options.robot,
         tasks=tuple(key for key in options.tasks.split(",") if key),
@@ -303,15 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drain_s=options.drain,
         pace=options.pace,
     )
-    try:
-        settings = load_settings(home=options.home)
-        log_to(settings.logs_dir, f"robot-{config.robot_id}")
-        tracing.start(f"robot-{config.robot_id}")  # its metrics come with its heartbeats
-        Robot(config, settings, stop).run()
-    except LwdError as error:
-        print(f"robot {config.robot_id}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_process(options, lambda stop: _serve(options.home, config, stop), label=f"robot {config.robot_id}")
 
 
 if __name__ == "__main__":

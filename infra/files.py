@@ -19,8 +19,21 @@ def write_durably(target: Path, data: bytes, *, mode: int = 0o644) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
+    fsync_folder(target.parent)
+
+
+def keep_durably(part: Path, target: Path) -> None:
+    """Give a whole file, written by whoever, its name: fsync, rename, fsync the folder."""
+    with part.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(part, target)
+    fsync_folder(target.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

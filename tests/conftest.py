@@ -13,11 +13,13 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from small_disk import small_disk
 
 from infra.episode import Episode
 
@@ -49,3 +51,10 @@ def make_episode() -> Callable[..., Episode]:
         return Episode(**(fields | replaced))
 
     return make
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB where the user may mount one; left to nobody at the end, or it is an error."""
+    with small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from infra.crashpoints import crashpoint
 from infra.errors import CorruptDataError, StorageFullError, UnavailableError
+from infra.files import fsync_folder
 from infra.objects import ASIDE, ObjectInfo, Payload, checked_key, episode_key
 from infra.objects.metered import metered
 
@@ -118,7 +119,7 @@ class DirectoryStore:
                 _make_folder(target.parent, self.root)
                 aside.replace(target)
                 crashpoint("objects.renamed")
-                _fsync_folder(target.parent)
+                fsync_folder(target.parent)
             finally:
                 aside.unlink(missing_ok=True)
 
@@ -154,15 +155,7 @@ def _make_folder(folder: Path, root: Path) -> None:
         return
     _make_folder(folder.parent, root)
     folder.mkdir(exist_ok=True)
-    _fsync_folder(folder.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_folder(folder.parent)
 
 
 @contextmanager

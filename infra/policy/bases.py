@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from infra.crashpoints import crashpoint
 from infra.errors import CorruptDataError, StorageFullError, UntrustedPolicyError
+from infra.files import keep_durably
 from infra.policy.announcement import base_key
 from infra.policy.artifact import BASE, BaseEntry, file_sha256
 
@@ -69,7 +70,7 @@ class BaseCache:
                     f"the base {entry.sha256[:16]}… came as {size} of {entry.size} bytes, or as another one",
                     "publish the policy again; the last policy that was good stays in use",
                 )
-            _keep(part, path)
+            keep_durably(part, path)
         except (CorruptDataError, FileNotFoundError) as error:
             raise UntrustedPolicyError(
                 f"the base {entry.sha256[:16]}… cannot be fetched ({error})",
@@ -130,18 +131,6 @@ def _fetch(source: ObjectSource, key: str, part: Path) -> None:
         source.fetch_to(key, part)
     else:
         part.write_bytes(source.fetch(key))
-
-
-def _keep(part: Path, path: Path) -> None:
-    """Make a whole file durable under its name."""
-    with part.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

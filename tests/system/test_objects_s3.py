@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import secrets
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import urllib3
 from invariants import digest
 from minio.commonconfig import CopySource
 from objects_contract import EVIL, GOOD, ObjectsContract, keys, upload
+from small_disk import small_disk
 
 from infra.errors import ConfigError, CorruptDataError, StorageFullError, UnavailableError
 from infra.objects import UnreadableError, episode_key
@@ -257,32 +257,27 @@ def test_a_quota_is_named_and_leaves_nothing(store: S3Store, settings: Settings,
 def test_row_10_a_full_disk_of_the_store_is_named_and_recovers(
     tmp_path: Path, servers: Servers, settings: Settings
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    garage = Garage(servers.garage.programs, tmp_path / "garage", objects=disk)
-    try:
-        garage.start()
-        access = {"access_key": garage.access_key, "secret_key": garage.secret_key, "bucket": "lwd"}
-        store = opened_with(settings, endpoint=garage.endpoint, **access)
-        blob = hashlib.shake_256(b"disk").digest(PART_BYTES + 2**20)
-        store.put("incoming/r0/a", blob[: 3 * 2**20])
-        for _ in range(2):
-            with pytest.raises(StorageFullError, match="has no room for incoming/r0/b"):
-                store.put("incoming/r0/b", blob[-4 * 2**20 :])
-        # Of more than four blocks Garage says nothing at all when the first finds no room: the time-out ends it.
-        with pytest.raises((StorageFullError, UnavailableError)):
+    with small_disk(tmp_path / "disk", "6m") as disk:
+        garage = Garage(servers.garage.programs, tmp_path / "garage", objects=disk)
+        try:
+            garage.start()
+            access = {"access_key": garage.access_key, "secret_key": garage.secret_key, "bucket": "lwd"}
+            store = opened_with(settings, endpoint=garage.endpoint, **access)
+            blob = hashlib.shake_256(b"disk").digest(PART_BYTES + 2**20)
+            store.put("incoming/r0/a", blob[: 3 * 2**20])
+            for _ in range(2):
+                with pytest.raises(StorageFullError, match="has no room for incoming/r0/b"):
+                    store.put("incoming/r0/b", blob[-4 * 2**20 :])
+            # Of more than four blocks Garage says nothing at all when the first finds no room: the time-out ends it.
+            with pytest.raises((StorageFullError, UnavailableError)):
+                store.put("incoming/r0/b", blob)
+            assert keys(store, "incoming") == ["incoming/r0/a"]
+            assert store.get("incoming/r0/a") == blob[: 3 * 2**20]
+            subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             store.put("incoming/r0/b", blob)
-        assert keys(store, "incoming") == ["incoming/r0/a"]
-        assert store.get("incoming/r0/a") == blob[: 3 * 2**20]
-        subprocess.run([mount, "-o", "remount,size=64m", disk], check=True)
-        store.put("incoming/r0/b", blob)
-        assert store.get("incoming/r0/b") == blob
-    finally:
-        garage.kill()
-        subprocess.run(["umount", str(disk)], check=True)
+            assert store.get("incoming/r0/b") == blob
+        finally:
+            garage.kill()
 
 
 # --- what is wrong with the settings ----------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +10,18 @@ from urllib.parse import urlsplit
 import pytest
 import sqlalchemy as sa
 from invariants import KILLED, assert_i7_kept, assert_invariants, in_process
-from serving import Process, Served, until
+from serving import Process, Served, coordinate, until
+from small_disk import small_disk
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "edge"))
 from recording import record_episode
 
 from infra.catalog.schema import episodes, outbox
-from infra.coordinator import Coordinator
 from infra.edge.client import EdgeClient
 from infra.edge.remote import RemoteServer
 from infra.edge.server import Upload
 from infra.edge.spool import Spool
 from infra.errors import StorageFullError
-from infra.events.outbox import OutboxLog
 from infra.reconcile import reconcile
 from infra.servers.proxy import FaultProxy
 from infra.settings import load_settings
@@ -46,14 +43,6 @@ def a_client(server: RemoteServer, spool: Path) -> EdgeClient:
 
 def spooled(client: EdgeClient) -> dict[str, str]:
     return {closed.episode_id: closed.sha256 for closed in client.spool.pending()}
-
-
-def coordinate(served: Served) -> None:
-    plane = served.plane
-    coordinator = Coordinator(plane.catalog, plane.objects, OutboxLog(plane.catalog), lambda episode: [])
-    while coordinator.step():
-        pass
-    coordinator.lease.release()
 
 
 def rows(served: Served) -> tuple[dict[str, str], int]:
@@ -155,13 +144,8 @@ def test_row_05_acknowledged_put_vanishes(service: Process, tmp_path: Path) -> N
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 512 KiB, where the user may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "512k", lazily=True) as folder:
+        yield folder
 
 
 def test_row_09_edge_disk_full(service: Process, tiny_disk: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 import urllib3
 from invariants import assert_i7_kept, assert_invariants, digest
-from serving import Process, Served, until
+from serving import Process, Served, coordinate, until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "edge"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "policy"))
@@ -19,12 +19,10 @@ from policies import Channel, make_base
 from recording import record_episode
 
 from infra.catalog.schema import episodes
-from infra.coordinator import Coordinator
 from infra.edge.client import EdgeClient
 from infra.edge.server import Upload
 from infra.edge.spool import Spool
 from infra.errors import LwdError
-from infra.events.outbox import OutboxLog
 from infra.policy.subscriber import PolicySubscriber
 from infra.servers import Servers
 from infra.service.auth import Tokens
@@ -37,14 +35,6 @@ def service(fleet_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proce
     process.start()
     yield process
     process.kill()
-
-
-def coordinate(served: Served) -> None:
-    plane = served.plane
-    coordinator = Coordinator(plane.catalog, plane.objects, OutboxLog(plane.catalog), lambda episode: [])
-    while coordinator.step():
-        pass
-    coordinator.lease.release()
 
 
 def a_client(served: Served, spool: Path, robot: str) -> EdgeClient:

@@ -23,13 +23,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from invariants import KILLED, assert_i7_kept, assert_invariants, digest, example_episode, in_process
 from recording import record_episode
-from serving import Process, Served, serving
+from serving import Process, Served, coordinate, serving
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
 from policies import Channel, make_base
 
 from infra.catalog.schema import episodes, measurements, outbox, robots
-from infra.coordinator import Coordinator
 from infra.crashpoints import registered
 from infra.edge.client import EdgeClient
 from infra.edge.remote import RemoteServer
@@ -37,7 +36,6 @@ from infra.edge.server import Heartbeat, RefusedError, RobotServer, Upload, from
 from infra.edge.spool import Spool
 from infra.episode import encode
 from infra.errors import ConfigError, ConflictError, CorruptDataError, LwdError, StorageFullError, UnavailableError
-from infra.events.outbox import OutboxLog
 from infra.fleet.embedded import EmbeddedServer
 from infra.objects.directory import DirectoryStore
 from infra.policy.subscriber import PolicySubscriber
@@ -65,14 +63,6 @@ def an_upload(number: int, robot: str = "r0", **changes: Any) -> Upload:
 
 def a_client(server: RobotServer, spool: Path, robot: str = "r0") -> EdgeClient:
     return EdgeClient(robot, Spool(spool, max_bytes=2**24), server, poll_s=0.01)
-
-
-def coordinate(served: Served) -> None:
-    plane = served.plane
-    coordinator = Coordinator(plane.catalog, plane.objects, OutboxLog(plane.catalog), lambda episode: [])
-    while coordinator.step():
-        pass
-    coordinator.lease.release()
 
 
 def committed(served: Served) -> set[tuple[str, str]]:

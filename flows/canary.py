@@ -20,10 +20,10 @@ from typing import Any, Literal
 from flows.canary_gate import DEFAULT_CANARY, Answer, CanarySpec, TrialDecision, decide_trial, load_canary
 from flows.canary_trial import Trial, canary_robots, episodes_of, find_trial, refused_of
 from flows.deployment import Deployment, deployment
-from infra import metrics
 from infra.episode import decode
 from infra.errors import ConfigError, CorruptDataError
 from infra.process import log_to, patiently, process_arguments, run_process
+from infra.telemetry import metrics
 
 POLL_S = 2.0
 PROPOSER = "canary"

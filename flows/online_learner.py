@@ -21,10 +21,10 @@ import numpy as np
 from flows.deployment import Deployment, deployment
 from flows.params import Params, load_params
 from flows.stages.common import BUFFER, CHECKPOINT, OFFLINE, n_step, replay_for
-from infra import metrics, milestones, tracing
 from infra.files import write_durably
 from infra.process import log_to, patiently, process_arguments, run_process
 from infra.reader import Increment, SnapshotReader
+from infra.telemetry import metrics, milestones, tracing
 from lwd_model.bundle import export_bundle
 from lwd_model.chunks import Batch, Replay, mixed_sample
 from lwd_model.learner import Learner

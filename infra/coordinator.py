@@ -20,11 +20,9 @@ from contextlib import closing
 
 import sqlalchemy as sa
 
-from infra import metrics, milestones, tracing
 from infra.catalog import Catalog, dialect
 from infra.catalog.leases import Lease
 from infra.catalog.schema import dead_letters, episodes, quarantine, revocations, snapshot_episodes
-from infra.catalog_metrics import CatalogMetrics, times_of
 from infra.crashpoints import crashpoint
 from infra.errors import LeaseLostError, LwdError
 from infra.events import DeadLetter, Event, EventLog, store_offsets
@@ -35,6 +33,8 @@ from infra.plane import open_catalog, open_events, open_objects
 from infra.process import backoff, load_callable, log_to, patiently, process_arguments, run_process
 from infra.settings import load_settings
 from infra.snapshots import Snapshot, append, current
+from infra.telemetry import metrics, milestones, tracing
+from infra.telemetry.catalog_metrics import CatalogMetrics, times_of
 
 log = logging.getLogger(__name__)
 CONSUMER = "coordinator"

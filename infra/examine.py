@@ -14,12 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from infra import milestones
 from infra.episode import SCHEMA_VERSION, Episode, decode
 from infra.errors import CorruptDataError
 from infra.events import Event
 from infra.objects import ObjectStore, UnreadableError
 from infra.process import backoff
+from infra.telemetry import milestones
 
 log = logging.getLogger(__name__)
 _AT_ONCE = 4

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from infra import metrics
 from infra.catalog import Catalog, schema
 from infra.crashpoints import crashpoint
 from infra.errors import CorruptDataError, StorageFullError, UnavailableError
@@ -38,6 +37,7 @@ from infra.plane import open_catalog, open_objects
 from infra.process import backoff, log_to, process_arguments, run_process
 from infra.settings import MIB, load_settings
 from infra.snapshots import Difference, Member, Snapshots
+from infra.telemetry import metrics
 
 _log = logging.getLogger("lwd.prefetcher")
 _AT_ONCE = 4

@@ -15,9 +15,7 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
-from infra import metrics, milestones
 from infra.catalog import dialect, schema
-from infra.catalog_metrics import times_of
 from infra.collect import pin
 from infra.episode import Episode, decode
 from infra.errors import ConfigError, CorruptDataError, UnavailableError
@@ -25,6 +23,8 @@ from infra.plane import open_catalog
 from infra.prefetcher import Cache, next_increment
 from infra.settings import Settings
 from infra.snapshots import Member, Snapshots
+from infra.telemetry import metrics, milestones
+from infra.telemetry.catalog_metrics import times_of
 
 _log = logging.getLogger("lwd.reader")
 _QUICK_S = 5.0

@@ -20,7 +20,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from infra import metrics
 from infra.catalog import Catalog, dialect
 from infra.catalog.leases import Lease
 from infra.catalog.schema import episodes, outbox, quarantine, snapshot_episodes
@@ -31,6 +30,7 @@ from infra.objects import ObjectInfo, ObjectStore
 from infra.plane import open_catalog, open_objects
 from infra.process import backoff, log_to, patiently, process_arguments, run_process
 from infra.settings import load_settings
+from infra.telemetry import metrics
 
 log = logging.getLogger(__name__)
 ROLE = "reconciler"

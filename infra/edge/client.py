@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from infra import milestones
 from infra.edge.framelog import EpisodeEnd, EpisodeStart, Frame
 from infra.edge.server import MAX_BATCH, Status, Upload
 from infra.edge.spool import ClosedEpisode, Spool
 from infra.episode import SCHEMA_VERSION, Outcome, Source, new_episode_id
 from infra.errors import ConflictError, LwdError, StorageFullError, UnavailableError
-from infra.tracing import traceparent
+from infra.telemetry import milestones
+from infra.telemetry.tracing import traceparent
 
 BATCH_EPISODES, BATCH_BYTES = 16, 64 * 2**20  # of one submission; one larger episode goes alone
 

@@ -21,7 +21,6 @@ from typing import Any
 import sqlalchemy as sa
 from kafka import KafkaProducer
 
-from infra import metrics, milestones, tracing
 from infra.catalog import Catalog, dialect
 from infra.catalog.schema import outbox
 from infra.crashpoints import crashpoint
@@ -30,6 +29,7 @@ from infra.events import broker, message
 from infra.plane import open_catalog
 from infra.process import backoff, log_to, process_arguments, run_process
 from infra.settings import load_settings
+from infra.telemetry import metrics, milestones, tracing
 
 log = logging.getLogger(__name__)
 IDLE_S = 0.05  # longest pause between looks at an empty outbox: what an episode waits for here, at most

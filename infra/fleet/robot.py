@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from infra import tracing
 from infra.edge.client import EdgeClient
 from infra.edge.framelog import Frame
 from infra.edge.inference import load_policy
@@ -44,6 +43,7 @@ from infra.policy.keys import load_trusted
 from infra.policy.subscriber import ActivePolicy, PolicySubscriber
 from infra.process import log_to, process_arguments, run_process
 from infra.settings import MIB, Settings, load_settings
+from infra.telemetry import tracing
 
 
 @dataclass(frozen=True)

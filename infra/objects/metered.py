@@ -7,8 +7,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from infra import metrics
 from infra.errors import ConfigError, CorruptDataError, LwdError, StorageFullError
+from infra.telemetry import metrics
 
 P = ParamSpec("P")
 S = TypeVar("S")

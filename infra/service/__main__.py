@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from infra import metrics, tracing
 from infra.errors import ConfigError, LwdError
 from infra.plane import open_catalog, open_objects
 from infra.process import log_to, process_arguments, run_process
 from infra.service.app import make_app
 from infra.service.listen import Listener
 from infra.settings import load_settings
+from infra.telemetry import metrics, tracing
 
 
 def _serve(home: Path, stop: threading.Event) -> None:

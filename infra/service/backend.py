@@ -14,7 +14,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from infra import milestones
 from infra.catalog import Catalog, dialect
 from infra.catalog.schema import episodes, measurements, policies, quarantine, robots, snapshot_episodes
 from infra.edge.server import LATENCIES, Heartbeat, Status
@@ -24,6 +23,7 @@ from infra.objects import ObjectStore
 from infra.policy.announcement import Announcement, base_key, bundle_prefix
 from infra.policy.artifact import BASE
 from infra.policy.channel import CatalogPolicySource
+from infra.telemetry import milestones
 
 PAGE = 1000  # announcements in one answer
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from infra import metrics
 from infra.crashpoints import crashpoint
 from infra.edge.server import Status, to_wire
 from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
@@ -22,6 +21,7 @@ from infra.service.auth import Identity
 from infra.service.backend import Backend
 from infra.service.limits import Backpressure, LaterError, RobotLimits, over_rate
 from infra.service.models import Offered, Outcome, Place, Problem, Uploaded
+from infra.telemetry import metrics
 
 PERMIT_S = 300.0  # how long an upload may take to begin, and a policy's download
 _EPISODE_ID = re.compile(r"[0-9a-f]{32}")

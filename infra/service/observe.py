@@ -10,9 +10,9 @@ from cryptography import x509
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from infra import metrics
 from infra.errors import ConfigError
 from infra.settings import Settings
+from infra.telemetry import metrics
 
 _router = APIRouter()
 

@@ -10,12 +10,12 @@ import pytest
 from invariants import example_episode, open_plane
 from log_tools import open_relay
 
-from infra import instruments, metrics
-from infra.catalog_metrics import CatalogMetrics, times_of
 from infra.coordinator import CONSUMER, Coordinator
 from infra.plane import open_events
 from infra.settings import load_settings
-from infra.tracing import traceparent
+from infra.telemetry import instruments, metrics
+from infra.telemetry.catalog_metrics import CatalogMetrics, times_of
+from infra.telemetry.tracing import traceparent
 
 
 @pytest.fixture

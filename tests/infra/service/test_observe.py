@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from serving import Served, serving
 from starlette.requests import Request
 
-from infra import instruments, metrics
 from infra.errors import ConfigError
 from infra.service import observe
+from infra.telemetry import instruments, metrics
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from infra import metrics, tracing
 from infra.errors import ConflictError, CorruptDataError, LwdError, StorageFullError, UnavailableError
+from infra.telemetry import metrics, tracing
 
 
 class Claimed(Protocol):

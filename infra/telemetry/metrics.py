@@ -4,8 +4,8 @@
     metrics.QUARANTINED.inc(stage="decode")       # anywhere; free while metrics are off
 
 Labels are bounded: `robot` is an enrolled robot, `stage`, `kind`, `result`, `operation` and `route` are words of this
-code. An episode's id is never a label: that is what traces are for (`infra.tracing`). `docs/observability.md` explains
-each metric; `python -m infra.metrics` prints its table.
+code. An episode's id is never a label: that is what traces are for (`infra.telemetry.tracing`).
+`docs/observability.md` explains each metric; `python -m infra.telemetry.metrics` prints its table.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import atexit
 import shutil
 from pathlib import Path
 
-from infra.exposition import Endpoint, announce
-from infra.instruments import DEFINED, SIZE_BYTES, Counter, Gauge, Histogram, enable, enabled, render
 from infra.settings import Settings
+from infra.telemetry.exposition import Endpoint, announce
+from infra.telemetry.instruments import DEFINED, SIZE_BYTES, Counter, Gauge, Histogram, enable, enabled, render
 
 __all__ = ["DEFINED", "Endpoint", "announce", "enable", "enabled", "render", "serve"]
 
@@ -124,7 +124,7 @@ CONSUMER_LAG = Gauge(
     "lwd_consumer_lag_events", "Events in the log that the coordinator has not settled.", by="coordinator"
 )
 
-# --- of the catalog: shown by the coordinator that holds the lease (infra.catalog_metrics) ----------------------------
+# --- of the catalog: shown by the coordinator that holds the lease (catalog_metrics) ----------------------------------
 
 UNACCOUNTED = Gauge(
     "lwd_unaccounted_episodes", "Committed episodes in no snapshot and not in quarantine.", by="coordinator"

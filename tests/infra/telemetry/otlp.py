@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from infra import tracing
+from infra.telemetry import tracing
 
 
 class Collector(HTTPServer):

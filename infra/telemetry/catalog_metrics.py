@@ -13,7 +13,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from infra import metrics
 from infra.catalog import Catalog, dialect
 from infra.catalog.schema import (
     aliases,
@@ -29,8 +28,9 @@ from infra.catalog.schema import (
     snapshot_episodes,
     snapshots,
 )
-from infra.milestones import Times
 from infra.snapshots import current
+from infra.telemetry import metrics
+from infra.telemetry.milestones import Times
 
 STAGES = ("conflict", "schema", "decode", "identity", "contract", "influence", "store", "read", "revoked")
 DECISIONS = ("canary", "safe", "withdraw", "refuse", "promote", "rollback")

@@ -1,6 +1,6 @@
 """What a metric is made of: counters, gauges and histograms that cost nothing until this process is asked to show them.
 
-Definitions are in `infra.metrics`. `enable` turns them on; before that every call returns at once and
+Definitions are in `infra.telemetry.metrics`. `enable` turns them on; before that every call returns at once and
 `prometheus_client` is not even imported, which is what robots want. A metric appears in the output when it was first
 used, so that a process shows its own metrics and not the zeros of everybody else's.
 """

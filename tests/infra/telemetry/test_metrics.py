@@ -17,18 +17,18 @@ import pytest
 import sqlalchemy as sa
 from invariants import Plane, digest, example_episode, open_plane
 
-from infra import instruments, metrics
 from infra.catalog import Catalog, schema
-from infra.catalog_metrics import CatalogMetrics
 from infra.coordinator import Coordinator
 from infra.episode import Episode, encode
 from infra.errors import ConflictError, CorruptDataError
 from infra.events.outbox import OutboxLog
-from infra.instruments import Counter, Gauge, Histogram
 from infra.objects.directory import DirectoryStore
 from infra.settings import load_settings
+from infra.telemetry import instruments, metrics
+from infra.telemetry.catalog_metrics import CatalogMetrics
+from infra.telemetry.instruments import Counter, Gauge, Histogram
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_latencies_have_buckets_from_10_ms_to_10_min() -> None:
 
 
 def test_every_metric_is_fed_somewhere() -> None:
-    """Each constant of infra.metrics is used as `metrics.NAME` by some process."""
-    mine = {node.targets[0].id for node in ast.parse((ROOT / "infra/metrics.py").read_text()).body
+    """Each constant of infra.telemetry.metrics is used as `metrics.NAME` by some process."""
+    mine = {node.targets[0].id for node in ast.parse((ROOT / "infra/telemetry/metrics.py").read_text()).body
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}  # fmt: skip
     used: set[str] = {"DISK_FREE", "DISK_SIZE"}  # by serve() itself
     for package in ("infra", "flows", "lwd_model"):
@@ -105,7 +105,7 @@ def test_a_name_is_defined_once(define: type[Counter]) -> None:
 def test_off_nothing_is_kept_and_nothing_is_imported() -> None:
     code = """
 import sys
-from infra import metrics
+from infra.telemetry import metrics
 metrics.SETTLED.inc(result="accepted"); metrics.LEASE_HELD.set(1); metrics.ROBOT_POLICY.set_all({("r0",): 1.0})
 metrics.LEASE_HELD.forget(); metrics.DISK_FREE.follow(lambda: 1.0)
 with metrics.BATCH_SECONDS.time():
@@ -227,7 +227,8 @@ def test_a_successor_s_file_stays(tmp_path: Path) -> None:
 
 def test_a_clean_exit_takes_the_file_away(tmp_path: Path) -> None:
     code = (
-        "import sys; from infra import metrics; from infra.settings import load_settings; from pathlib import Path\n"
+        "import sys; from infra.telemetry import metrics; from infra.settings import load_settings\n"
+        "from pathlib import Path\n"
         f"home = Path({str(tmp_path)!r})\n"
         "metrics.serve(load_settings(home=home), 'learner'); print([p.name for p in (home / 'metrics').iterdir()])\n"
         "sys.exit(3)"
@@ -311,7 +312,7 @@ def test_a_copy_in_conflict_does_not_account_for_the_episode(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("on")
 def test_a_long_outbox_is_judged_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.catalog_metrics._SCAN", 2)
+    monkeypatch.setattr("infra.telemetry.catalog_metrics._SCAN", 2)
     plane = open_plane(tmp_path)
     for number in range(3):
         plane.submit(example_episode(number))

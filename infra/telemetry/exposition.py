@@ -11,7 +11,7 @@ from typing import Any
 
 from infra.errors import UnavailableError
 from infra.files import write_durably
-from infra.instruments import registry
+from infra.telemetry.instruments import registry
 
 _PORTS = 200  # how many ports are tried
 _log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from promql import named
 
-from infra import metrics
+from infra.telemetry import metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "infra" / "grafana"
 DOCUMENT = (ROOT / "docs" / "observability.md").read_text()
 DASHBOARDS = {path.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
@@ -161,7 +161,7 @@ def test_prometheus_finds_the_rules_and_the_processes() -> None:
 
 def test_every_metric_is_documented_as_it_is() -> None:
     missing = [row for row in metrics.table().splitlines() if row not in DOCUMENT]
-    assert missing == [], "paste the output of `python -m infra.metrics` into docs/observability.md"
+    assert missing == [], "paste the output of `python -m infra.telemetry.metrics` into docs/observability.md"
     documented = set(re.findall(r"^\| `(lwd_\w+)` \|", DOCUMENT, re.MULTILINE))
     assert documented == metrics.DEFINED.keys()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from otlp import Collector, collecting
 
-from infra import tracing
 from infra.episode import new_episode_id
 from infra.ingest import Claim
+from infra.telemetry import tracing
 
 EPISODE = "0af7651916cd43dd8448eb211c80319c"
 
@@ -62,7 +62,7 @@ def test_what_is_no_context_is_ignored(text: str) -> None:
 def test_without_an_exporter_nothing_is_imported_or_written() -> None:
     code = f"""
 import sys
-from infra import tracing
+from infra.telemetry import tracing
 assert not tracing.start("robot-r0") and not tracing.enabled()
 tracing.root_span("spool.close", tracing.traceparent("{EPISODE}"), 1.0, 2.0)
 tracing.span("upload", tracing.traceparent("{EPISODE}"), 1.0, 2.0, bytes=3)
@@ -118,7 +118,7 @@ def test_a_context_that_nobody_wants_to_see_is_not_exported(collector: Collector
 
 def test_spans_are_exported_at_exit(collector: Collector, tmp_path: Path) -> None:
     code = f"""
-from infra import tracing
+from infra.telemetry import tracing
 tracing.start("relay")
 tracing.span("relay", tracing.traceparent("{EPISODE}"), 1.0, 2.0)
 """
@@ -131,7 +131,7 @@ def test_a_collector_that_is_away_harms_nobody(collector: Collector) -> None:
     code = f"""
 import os
 os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:1"
-from infra import tracing
+from infra.telemetry import tracing
 tracing.start("relay")
 tracing.span("relay", tracing.traceparent("{EPISODE}"), 1.0, 2.0)
 print("went on")

@@ -18,7 +18,6 @@ import pytest
 from invariants import digest, example_episode, open_plane
 from otlp import Collector, collecting
 
-from infra import instruments, metrics, milestones, tracing
 from infra.coordinator import Coordinator
 from infra.edge.client import EdgeClient
 from infra.edge.framelog import Frame
@@ -31,6 +30,7 @@ from infra.fleet.embedded import EmbeddedServer
 from infra.prefetcher import Cache, Prefetcher
 from infra.reader import SnapshotReader
 from infra.settings import load_settings
+from infra.telemetry import instruments, metrics, milestones, tracing
 
 
 @pytest.fixture
@@ -188,7 +188,9 @@ def test_a_process_shows_itself_from_its_start_to_its_end(tmp_path: Path) -> Non
         port = probe.getsockname()[1]
     plane = open_plane(tmp_path)
     plane.submit(example_episode(1))
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    here = Path(__file__).parent
+    path = f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "PYTHONPATH": path}
     env |= {"LWD_METRICS_PORT": str(port), "LWD_POLL_S": "0.02"}
     command = [sys.executable, "-m", "infra.coordinator", "--home", str(tmp_path), "--check", "test_milestones:check"]
     process = subprocess.Popen(command, env=env)

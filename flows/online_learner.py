@@ -3,12 +3,17 @@
 Reads snapshots as they come, mixes them 1:1 with the offline buffer, updates the agent, publishes a policy every
 `publish_every` updates (Algorithm 1, stage 2). Killed at any moment, it goes on from its last checkpoint with the
 replay that it had then.
+
+With `online.ranks` above 1 that process starts so many of its kind, as torchrun would, and ends with the first of them
+that dies: all ranks begin again together, from the checkpoint. Rank 0 alone publishes, saves and tells. Ranks on
+several machines are started with torchrun itself and need the home's folder on a file system that they share.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import threading
 import time
@@ -21,6 +26,7 @@ import numpy as np
 from flows.deployment import Deployment, deployment
 from flows.params import Params, load_params
 from flows.stages.common import BUFFER, CHECKPOINT, OFFLINE, n_step, replay_for
+from infra.errors import UnavailableError
 from infra.files import write_durably
 from infra.process import log_to, patiently, process_arguments, run_process
 from infra.reader import Increment, SnapshotReader
@@ -28,10 +34,12 @@ from infra.telemetry import metrics, milestones, tracing
 from lwd_model.bundle import export_bundle
 from lwd_model.chunks import Batch, Replay, mixed_sample
 from lwd_model.learner import Learner
+from lwd_model.ranks import AgreedReader, Ranks
 from lwd_model.shards import read_buffer
 
 STATUS, ROWS = "status.json", "training.jsonl"
 _TELL_S = 1.0
+_SHUTDOWN_S = 10  # for a rank to leave when another has died
 
 
 @dataclass
@@ -69,7 +77,7 @@ class OnlineLearner:
         for episode in increment.added:
             self.online.add(episode, n_step(episode.task, self.learner.config.learner))
         self.learner.snapshot_version = increment.version
-        if milestones.on():
+        if milestones.on() and self.learner.ranks.rank == 0:  # the others draw the rest of the same batches
             self.fresh |= {episode.episode_id: time.time() for episode in increment.added}
         metrics.REPLAY_EPISODES.set(len(self.online.episodes))
 
@@ -84,8 +92,10 @@ class OnlineLearner:
         return every[0]
 
     def _sample(self, rng: np.random.Generator) -> Batch:
-        config = self.learner.config.learner
-        batch = mixed_sample(self.offline, self.online, config.batch, rng, config.online_fraction, balanced=True)
+        config, part = self.learner.config.learner, self.learner.ranks.part(self.learner.config.learner.batch)
+        batch = mixed_sample(
+            self.offline, self.online, config.batch, rng, config.online_fraction, balanced=True, part=part
+        )
         if self.fresh:
             drawn = self.online.owners(batch.index[batch.online]) & self.fresh.keys()
             milestones.sampled({episode_id: self.fresh.pop(episode_id) for episode_id in drawn})
@@ -121,7 +131,7 @@ class OnlineLearner:
         metrics.UPDATES_ALLOWED.set(self.allowed)
 
 
-def start(params: Params, plane: Deployment) -> OnlineLearner:
+def start(params: Params, plane: Deployment, ranks: Ranks) -> OnlineLearner:
     """From the last checkpoint where there is one, else from the offline stage's."""
     folder = plane.settings.home / "learner"
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +139,7 @@ def start(params: Params, plane: Deployment) -> OnlineLearner:
     options: dict[str, Any] = {"tau_base": p.tau_base, "updates": p.updates, **p.learner}
     resumed = (folder / CHECKPOINT).exists()
     source = folder / CHECKPOINT if resumed else OFFLINE / CHECKPOINT
-    learner = Learner.resume(source, options, threads=params.workers)
+    learner = Learner.resume(source, options, threads=max(1, params.workers // ranks.world), ranks=ranks)
     if not resumed:
         # Its parent is what the fleet runs now: the newest policy, published from the offline stage.
         parent = plane.registry.policies()[0]["version"]
@@ -140,39 +150,45 @@ def start(params: Params, plane: Deployment) -> OnlineLearner:
     return OnlineLearner(params, plane, folder, learner, offline, online, learner.position["began_at"])
 
 
-def run(params: Params, plane: Deployment, stop: threading.Event) -> None:
-    """Learn until the stage's updates are done or `stop` is set."""
-    loop = start(params, plane)
+def run(params: Params, plane: Deployment, stop: threading.Event, ranks: Ranks) -> None:
+    """Learn until the stage's updates are done or `stop` is set, on any rank."""
+    loop = start(params, plane, ranks)
     target = loop.learner.snapshot_version or 0
-    rows = _resumed_rows(loop)
+    first = ranks.rank == 0
+    rows = _resumed_rows(loop) if first else Path(os.devnull)
     started, told = time.monotonic(), 0.0
-    with SnapshotReader(plane.settings, name="learner") as reader:
+    with SnapshotReader(plane.settings, name=_process_name(ranks)) as source, rows.open("a", buffering=1) as log:
+        reader = AgreedReader(lambda: patiently(source.poll, stop), ranks, version=source.version, digest=source.digest)
         while reader.version < target:
             # A resumed learner holds what it held when its checkpoint was written before it goes on.
-            if (increment := patiently(lambda: reader.wait(30.0), stop)) is not None:
-                loop.take(increment)
-            elif stop.is_set():
+            if ranks.any(stop.is_set()):
                 return
+            for increment in (new := reader.advance(target)):
+                loop.take(increment)
+            if not new:
+                stop.wait(plane.settings.poll_s)
         loop.fresh.clear()  # those were drawn from in an earlier life
-        with rows.open("a", buffering=1) as log:
-            while not stop.is_set() and loop.updates < params.online.updates:
-                if (increment := patiently(reader.poll, stop)) is not None:
-                    loop.take(increment)
-                if time.monotonic() - told > _TELL_S:
-                    loop.tell(started)
-                    told = time.monotonic()
-                if loop.updates >= loop.allowed:
-                    stop.wait(plane.settings.poll_s)
-                    continue
-                row = loop.update()
-                if row is not None:
-                    log.write(json.dumps({"update": loop.updates, **row}) + "\n")
-                if loop.updates % params.online.publish_every == 0:
-                    patiently(loop.publish, stop)
-    if not stop.is_set() and loop.learner.position.get("published_at") != loop.updates:
-        patiently(loop.publish, stop)
-    elif stop.is_set():
+        while loop.updates < params.online.updates and not ranks.any(stop.is_set()):
+            for increment in reader.advance():
+                loop.take(increment)
+            metrics.RANK_STALENESS.set(reader.staleness)
+            if first and time.monotonic() - told > _TELL_S:
+                loop.tell(started)
+                told = time.monotonic()
+            if loop.updates >= loop.allowed:
+                stop.wait(plane.settings.poll_s)
+                continue
+            row = loop.update()
+            if row is not None:
+                log.write(json.dumps({"update": loop.updates, **row}) + "\n")
+            if first and loop.updates % params.online.publish_every == 0:
+                patiently(loop.publish, stop)
+    if not first:
+        return
+    if loop.updates < params.online.updates:
         loop.learner.save(loop.folder / CHECKPOINT)
+    elif loop.learner.position.get("published_at") != loop.updates:
+        patiently(loop.publish, stop)
     loop.tell(started)
 
 
@@ -185,12 +201,51 @@ def _resumed_rows(loop: OnlineLearner) -> Path:
     return path
 
 
+def _process_name(ranks: Ranks) -> str:
+    """`learner`, or `learner-1` and so on for the other ranks: of the log, the reader and the metrics."""
+    return f"learner-{ranks.rank}" if ranks.rank else "learner"
+
+
 def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    params = load_params(options.params)
+    if params.online.ranks > 1 and "RANK" not in os.environ:
+        _launch(options, params.online.ranks)
+        return
+    ranks = Ranks.from_environment()
+    name = _process_name(ranks)
     with deployment(options.home) as plane:
-        log_to(plane.settings.logs_dir, "learner")
-        metrics.serve(plane.settings, "learner")
-        tracing.start("learner")
-        run(load_params(options.params), plane, stop)
+        log_to(plane.settings.logs_dir, name)
+        metrics.serve(plane.settings, name)
+        tracing.start(name)
+        run(params, plane, stop, ranks)
+
+
+def _launch(options: argparse.Namespace, count: int) -> None:
+    """Be the agent of `count` ranks on this machine: start them, and stop all when one dies.
+
+    Raises:
+        UnavailableError: a rank ended before its time.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Restarts are the supervisor's, with its pauses and its patience.
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0, run_id=f"learner-{os.getpid()}",
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", shutdown_timeout=_SHUTDOWN_S,
+    )  # fmt: skip
+    command = ["-m", "flows.online_learner", "--home", str(options.home), "--params", str(options.params)]
+    try:
+        elastic_launch(config, sys.executable)(*command, "--parent", str(os.getpid()))
+    except SignalException:
+        return  # the ranks were told as well
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise UnavailableError(
+            f"rank {rank} of {count} ended with exit code {failure.exitcode}",
+            "the reason is above, or in the rank's log; all ranks begin again from the last checkpoint",
+        ) from error
 
 
 def main() -> int:

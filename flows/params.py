@@ -68,6 +68,7 @@ class OnlineParams(_Section):
     updates_per_episode: float = Field(gt=0)
     publish_every: int = Field(50, gt=0)
     tau_base: float = Field(0.9, gt=0, lt=1)
+    ranks: int = Field(1, gt=0, description="learner processes, each with its share of every batch")
     learner: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's LearnerConfig")
 
 

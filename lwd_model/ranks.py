@@ -119,6 +119,10 @@ class Ranks:
             tensor.div_(self.world)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; the same answer on each. Raises as `exchange`."""
+        return any(bool(answer) for answer in self.exchange(torch.tensor([flag])))
+
     def close(self) -> None:
         """Leave the group."""
         self._group = None

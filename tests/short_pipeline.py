@@ -24,15 +24,20 @@ ROOT = Path(__file__).parents[1]
 UPDATES = 60
 
 
-def fill_workspace(folder: Path, updates: int = UPDATES) -> None:
-    """Write `params.yaml`, a buffer, and SFT and offline models into `folder`, the current folder."""
+def fill_workspace(folder: Path, updates: int = UPDATES, **online: object) -> None:
+    """Write `params.yaml`, a buffer, and SFT and offline models into `folder`, the current folder.
+
+    Args:
+        updates: of the online stage.
+        online: others of its parameters.
+    """
     from bench.workspace import merged
 
     small = {
         "tasks": ["S1", "S2"],
         "workers": 1,
         "online": {"robots": 2, "pace": 0.0, "updates": updates, "updates_per_episode": 4, "publish_every": 10,
-                   "learner": {"batch": 16, "policy_batch": 8}},
+                   "learner": {"batch": 16, "policy_batch": 8}, **online},
     }  # fmt: skip
     params = merged(yaml.safe_load((ROOT / "params.yaml").read_text()), small)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))

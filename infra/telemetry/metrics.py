@@ -250,6 +250,10 @@ UPDATE_SECONDS = Histogram("lwd_learner_update_seconds", "Duration of one update
 UPDATES_DONE = Gauge("lwd_learner_updates", "Updates of the online stage done, over all lives of the learner.",
                      by="learner")  # fmt: skip
 UPDATES_ALLOWED = Gauge("lwd_learner_updates_allowed", "Updates that the episodes at hand allow.", by="learner")
+RANK_STALENESS = Gauge(
+    "lwd_learner_rank_staleness", "Versions between what the fastest rank has read and what all ranks hold.",
+    by="learner",
+)  # fmt: skip
 REPLAY_EPISODES = Gauge("lwd_learner_replay_episodes", "Online episodes in the learner's replay.", by="learner")
 TRAINING = Gauge(
     "lwd_learner_training", "The learner's own training metrics, the latest; kind: their name, for example a loss.",

@@ -30,8 +30,8 @@ ROLES = {
     "infra.fleet.robot": "robot",
 }
 SERVERS = ("kafka", "garage", "postgres")
-STEP = 8  # updates between two kills
-UPDATES = STEP * (len(ROLES) + len(SERVERS) + 2)
+STEP = 8  # updates between two kills, at least
+UPDATES = 400  # far more than are done while one after another is killed
 
 
 def processes(parent: int) -> dict[str, psutil.Process]:
@@ -62,11 +62,12 @@ def test_the_fleet_goes_on_when_each_process_and_each_server_is_killed(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("LWD_INGEST_PORT", str(free_port()))
     monkeypatch.setenv("LWD_LEASE_S", "3")
-    fill_workspace(tmp_path, updates=UPDATES)
+    fill_workspace(tmp_path, updates=UPDATES, updates_per_episode=1)
     command = [sys.executable, "-m", "flows.online", "--home", str(fleet_home)]
     flow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def updates() -> int:
+        assert flow.poll() is None, "the stage ended before all were killed"
         return learner_status(fleet_home).get("updates", 0)
 
     try:

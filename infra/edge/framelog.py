@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from infra.episode import Episode, Outcome, Source
-from infra.errors import CorruptDataError
+from infra.errors import ConfigError, CorruptDataError
 
 _HEAD = struct.Struct("<IIc")  # payload bytes, crc32 of kind and payload, kind
-_STEP = struct.Struct("<Hdf?")  # observation entries, timestamp, reward, intervention
+_STEP = struct.Struct("<Idf?")  # observation entries, timestamp, reward, intervention
 _BEGIN, _FRAME, _CLOSE = b"B", b"F", b"C"
 _MAX_RECORD = 16 * 2**20
 _FIX = "nothing to do: this attempt is discarded, earlier episodes are intact"
@@ -69,7 +69,11 @@ def begin_record(start: EpisodeStart) -> bytes:
 
 
 def frame_record(frame: Frame) -> bytes:
-    """One control step as a record."""
+    """One control step as a record.
+
+    Raises:
+        ConfigError: it is larger than a record may be, 16 MiB.
+    """
     observation = np.ascontiguousarray(frame.observation, dtype="<f4")
     action = np.ascontiguousarray(frame.action, dtype="<f4")
     step = _STEP.pack(observation.size, frame.timestamp, frame.reward, frame.intervention)
@@ -146,4 +150,9 @@ def _records(log: Path) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _record(kind: bytes, payload: bytes) -> bytes:
+    if len(payload) > _MAX_RECORD:
+        raise ConfigError(
+            f"a record of {len(payload) / 2**20:.1f} MiB, more than the {_MAX_RECORD // 2**20} MiB that a log bears",
+            "record smaller observations, or a smaller `extra`",
+        )
     return _HEAD.pack(len(payload), zlib.crc32(kind + payload), kind) + payload

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,18 @@ def test_a_closed_episode_reads_back_as_it_was_recorded(tmp_path: Path) -> None:
     assert [c.sha256 for c in spool.pending()] == [closed.sha256]
     spool.confirm(closed)
     assert spool.pending() == [] and spool.used_bytes() == 0
+
+
+def test_an_observation_may_be_large_and_one_that_is_too_large_is_named(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=2**26)
+    spool.begin(start(1))
+    large = Frame(np.full(100_000, 0.5, np.float32), np.zeros(ACT, np.float32), 0.0, False, 0.0)
+    spool.append(large)
+    with pytest.raises(ConfigError, match="more than the 16 MiB"):
+        spool.append(replace(large, observation=np.zeros(2**22, np.float32), timestamp=0.05))
+    spool.append(replace(large, timestamp=0.05))  # the episode goes on
+    closed = spool.close(EpisodeEnd(large.observation, 0.1, "failure", (0.0,)))
+    assert decode(spool.read(closed)).observations.shape == (3, 100_000)
 
 
 def test_an_unfinished_episode_is_discarded_with_its_reason_and_closed_ones_stay(tmp_path: Path) -> None:

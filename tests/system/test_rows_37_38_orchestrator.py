@@ -78,7 +78,7 @@ class PrefectServer:
 
 
 def prefect_command(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], cwd=ROOT, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], capture_output=True)
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
     return done.stdout.decode()
 
@@ -123,6 +123,7 @@ def test_row_37_orchestrator_s_server_down_while_the_fleet_works(workspace: Path
 def test_row_38_worker_killed_and_rerun_is_idempotent(workspace: Path, fleet_home: Path, prefect) -> None:
     pool = "test"
     prefect_command("work-pool", "create", pool, "--type", "process")
+    (workspace / "flows").symlink_to(ROOT / "flows")  # a deployment's runs begin in the folder that it was made in
     prefect_command("deploy", "flows/online.py:online", "--name", "row38", "--pool", pool)
     worker = start_worker(pool)
     run = ["deployment", "run", "online/row38", "--param", f"home={fleet_home}", "--param"]
@@ -156,7 +157,7 @@ def test_row_38_worker_killed_and_rerun_is_idempotent(workspace: Path, fleet_hom
 
 def start_worker(pool: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--limit", "4"]
-    worker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(2.0)
     assert worker.poll() is None
     return worker

@@ -24,7 +24,7 @@ from infra.edge.remote import RemoteServer
 from infra.errors import LwdError
 from infra.policy.keys import load_trusted
 from infra.policy.subscriber import PolicySubscriber
-from infra.process import die_with_parent, log_to, stop_on_signal
+from infra.process import log_to, process_arguments, run_process
 
 
 def follow(number: int, options: argparse.Namespace, token: str, log: OperationLog, stop: threading.Event) -> None:
@@ -50,21 +50,7 @@ def follow(number: int, options: argparse.Namespace, token: str, log: OperationL
     server.close()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True, help="JSON: robot -> token")
-    parser.add_argument("--url", required=True, help="of the ingest service")
-    parser.add_argument("--keys", type=Path, required=True, help="folder with the keys that robots trust")
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--pause", type=float, default=0.2, help="mean time between two looks of one robot, seconds")
-    parser.add_argument("--route", type=parse_route, default={}, help="PORT=PORT,…: connect to another port instead")
-    parser.add_argument("--parent", type=int)
-    options = parser.parse_args()
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
+def _follow_all(options: argparse.Namespace, stop: threading.Event) -> None:
     take_route(options.route)
     log_to(options.home / "logs", f"followers-{options.first}")
     tokens = json.loads(options.tokens.read_text())
@@ -77,7 +63,19 @@ def main() -> int:
         thread.start()
     for thread in threads:
         thread.join()
-    return 0
+
+
+def main() -> int:
+    parser = process_arguments("bench.followers", "Robots that only follow the policy channel.")
+    parser.add_argument("--tokens", type=Path, required=True, help="JSON: robot -> token")
+    parser.add_argument("--url", required=True, help="of the ingest service")
+    parser.add_argument("--keys", type=Path, required=True, help="folder with the keys that robots trust")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--pause", type=float, default=0.2, help="mean time between two looks of one robot, seconds")
+    parser.add_argument("--route", type=parse_route, default={}, help="PORT=PORT,…: connect to another port instead")
+    options = parser.parse_args()
+    return run_process(options, lambda stop: _follow_all(options, stop), label="followers")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.envelope import RESULTS, Envelope
-from bench.fleet import Fleet
+from bench.fleet import Fleet, sigterm_interrupts
 from bench.latency_commit import commit_costs
 from bench.latency_figure import PAPER, figure
 from bench.latency_run import Link, Run, measure
@@ -90,6 +90,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/latency"))
     parser.add_argument("--out", type=Path, help="JSON file; docs/results/latency.json if not given")
     options = parser.parse_args(words)
+    sigterm_interrupts()
     if options.out is None and (options.quick or len(options.only) < 2):
         parser.error("a part is not kept as a result: give --out")
     out = options.out or RESULTS / "latency.json"

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.envelope import RESULTS, Envelope
 from bench.faults import Injector
-from bench.fleet import Fleet
+from bench.fleet import Fleet, sigterm_interrupts
 from bench.history import Verdict, check
 from bench.oplog import operations
 from bench.soak_figure import figure
@@ -180,6 +180,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     options = arguments(words)
+    sigterm_interrupts()
     command = " ".join(["python -m bench.soak", *(sys.argv[1:] if words is None else words)])
     envelope = Envelope("soak", command, [options.seed])
     verdict, found = soak(options.folder, options)

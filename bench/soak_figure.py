@@ -41,7 +41,7 @@ def figure(target: Path, found: Mapping[str, Any]) -> Path:
         ):
             top.plot(*rates(found["progress"], name), color=colour, linewidth=1.3, label=label)
         top.set(ylabel=f"episodes/s over {_WINDOW_S:.0f} s", ylim=(0, None))
-        top.legend(frameon=False, fontsize=9)
+        top.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2)
         for fault in found["faults"]:
             row = kinds.index(fault["kind"])
             bottom.plot([fault["at"] / 60, fault["until"] / 60], [row, row], color=_RED, linewidth=3)

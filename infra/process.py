@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import ctypes
 import importlib
@@ -29,12 +30,15 @@ _SECRET = re.compile(
 
 def stop_on_signal() -> threading.Event:
     """An event that SIGTERM and SIGINT set; a second signal ends the process at once. Main thread only."""
-    stop = threading.Event()
+    stop, asked = threading.Event(), False
 
     def handle(number: int, _frame: object) -> None:
-        if stop.is_set():
+        nonlocal asked
+        if asked:
             os._exit(128 + number)
-        stop.set()
+        asked = True
+        # By another thread: this one may be within stop.wait(), whose lock set() needs, and would wait for itself.
+        _thread.start_new_thread(stop.set, ())
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)

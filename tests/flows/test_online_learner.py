@@ -21,9 +21,7 @@ from flows.deployment import deployment
 from flows.online import deploy_first
 from flows.stages.common import CHECKPOINT
 from infra.catalog import schema
-from infra.coordinator import Coordinator
 from infra.errors import UnavailableError
-from infra.events.outbox import OutboxLog
 from infra.fleet.operator import ExpertOperator
 from infra.fleet.rollout import run_jobs
 from infra.fleet.sources import job_list
@@ -53,9 +51,7 @@ def test_two_ranks_begin_again_together_when_one_is_killed(tmp_path: Path, monke
     expert = functools.partial(ExpertOperator, 0.15)
     for episode in run_jobs(None, job_list(("S1", "S2"), 6, 99, "demo"), source="online", operator=expert):
         plane.submit(episode)
-    coordinator = Coordinator(plane.catalog, plane.objects, OutboxLog(plane.catalog), lambda episode: [], micro_batch=3)
-    while coordinator.step():
-        pass
+    plane.settle(micro_batch=3)
 
     agent = learner(home)
     try:

@@ -18,14 +18,18 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
 from infra.catalog import Catalog
 from infra.catalog.schema import episodes, quarantine, snapshot_episodes
+from infra.coordinator import Coordinator
 from infra.crashpoints import VARIABLE
 from infra.episode import Episode, encode
+from infra.events.outbox import OutboxLog
+from infra.examine import Check
 from infra.ingest import Ingest
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
@@ -47,6 +51,13 @@ class Plane:
         data = encode(episode)
         robot = robot or episode.robot_id
         return self.ingest.submit(robot, episode.episode_id, data, digest(data), len(data), meta)
+
+    def settle(self, check: Check = lambda episode: [], **options: Any) -> None:
+        """Settle what was committed, from the outbox, without a broker; `options` are the coordinator's."""
+        coordinator = Coordinator(self.catalog, self.objects, OutboxLog(self.catalog), check, **options)
+        while coordinator.step():
+            pass
+        coordinator.lease.release()
 
 
 @cache

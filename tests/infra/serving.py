@@ -18,10 +18,8 @@ from typing import Any
 import urllib3
 from invariants import Plane, open_plane
 
-from infra.coordinator import Coordinator
 from infra.crashpoints import VARIABLE
 from infra.edge.remote import RemoteServer
-from infra.events.outbox import OutboxLog
 from infra.objects import ObjectStore
 from infra.service.app import UNSETTLED_MAX, make_app
 from infra.service.auth import Tokens
@@ -76,15 +74,6 @@ def serving(
         listener.stop()
         thread.join(30)
         assert not thread.is_alive()
-
-
-def coordinate(served: Served) -> None:
-    """Settle what was committed, every episode accepted; from the outbox, without a broker."""
-    plane = served.plane
-    coordinator = Coordinator(plane.catalog, plane.objects, OutboxLog(plane.catalog), lambda episode: [])
-    while coordinator.step():
-        pass
-    coordinator.lease.release()
 
 
 class Process:

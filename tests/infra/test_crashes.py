@@ -126,11 +126,7 @@ def test_killed_at_each_crash_point(tmp_path: Path, point: str) -> None:
 
 def settle(home: Path) -> None:
     """The coordinator alone, with nobody to announce again what it skipped."""
-    plane = open_plane(home)
-    worker = Coordinator(plane.catalog, plane.objects, OutboxLog(plane.catalog), check, micro_batch=2, lease_s=0.01)
-    while worker.step():
-        pass
-    worker.lease.release()
+    open_plane(home).settle(check, micro_batch=2, lease_s=0.01)
 
 
 @pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("coordinator.")])

@@ -62,7 +62,7 @@ def test_the_fleet_goes_on_when_each_process_and_each_server_is_killed(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("LWD_INGEST_PORT", str(free_port()))
     monkeypatch.setenv("LWD_LEASE_S", "3")
-    fill_workspace(tmp_path, updates=UPDATES, updates_per_episode=4, pace=2.0)
+    fill_workspace(tmp_path, updates=UPDATES, pace=2.0)
     command = [sys.executable, "-m", "flows.online", "--home", str(fleet_home)]
     flow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 

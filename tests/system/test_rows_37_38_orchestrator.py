@@ -31,7 +31,7 @@ def workspace(tmp_path: Path, fleet_home: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("LWD_INGEST_PORT", str(free_port()))
     monkeypatch.setenv("LWD_LEASE_S", "3")
-    fill_workspace(tmp_path, updates=UPDATES, updates_per_episode=4, pace=2.0)
+    fill_workspace(tmp_path, updates=UPDATES, pace=2.0)
     return tmp_path
 
 

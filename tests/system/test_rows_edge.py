@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 import sqlalchemy as sa
 from invariants import KILLED, assert_i7_kept, assert_invariants, in_process
-from serving import Process, Served, coordinate, until
+from serving import Process, Served, until
 from small_disk import small_disk
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "edge"))
@@ -75,7 +75,7 @@ def test_row_02_kill_edge_after_put_before_commit(service: Process, tmp_path: Pa
     assert incoming(served) == uploaded_only
     assert in_process(work) == 0
     assert rows(served) == (wanted, 2)
-    coordinate(served)
+    served.plane.settle()
     reconcile(served.plane.catalog, served.plane.objects, now=LATER)
     assert incoming(served) == 0
     assert_invariants(service.home, wanted)
@@ -97,7 +97,7 @@ def test_row_04_put_acknowledged_answer_lost(fleet_home: Path, tmp_path: Path) -
             assert rows(service.served) == (wanted, 1)
             assert [item.key[:9] for item in service.plane.objects.list("episodes")] == ["episodes/"]
             assert incoming(service.served) == 0
-            coordinate(service.served)
+            service.served.plane.settle()
             assert client.sync().confirmed == 1
             assert_invariants(fleet_home, wanted)
         finally:
@@ -136,7 +136,7 @@ def test_row_05_acknowledged_put_vanishes(service: Process, tmp_path: Path) -> N
         served.plane.objects.delete(item.key)
     reconcile(served.plane.catalog, served.plane.objects, now=LATER)
     assert client.sync().sent == 1
-    coordinate(served)
+    served.plane.settle()
     assert client.sync().confirmed == 1
     assert_invariants(service.home, wanted)
 
@@ -162,7 +162,7 @@ def test_row_09_edge_disk_full(service: Process, tiny_disk: Path) -> None:
     service.start()
     until(lambda: client.sync().waiting == len(wanted))
     assert_i7_kept(service.home, wanted.items())
-    coordinate(served)
+    served.plane.settle()
     client.sync()
     assert client.spool.pending() == []
     record_episode(client, steps=200)  # there is room again
@@ -171,7 +171,7 @@ def test_row_09_edge_disk_full(service: Process, tiny_disk: Path) -> None:
     client = EdgeClient("r0", Spool(tiny_disk, max_bytes=2**30), served.robot(), poll_s=0.02)  # after a restart
     wanted |= spooled(client)  # an episode that could not be sealed for want of room is sealed now
     client.sync()
-    coordinate(served)
+    served.plane.settle()
     client.sync()
     assert client.spool.pending() == []
     assert_invariants(service.home, wanted)
@@ -193,7 +193,7 @@ def test_row_37_orchestrator_server_down(fleet_home: Path, tmp_path: Path, monke
             record_episode(client)
         wanted = spooled(client)
         assert client.sync().sent == 3
-        coordinate(service.served)
+        service.served.plane.settle()
         assert client.sync().confirmed == 3
         assert_invariants(fleet_home, wanted)
         loaded = Path(f"/proc/{service.process.pid}/maps").read_text() if service.process else ""

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 import urllib3
 from invariants import assert_i7_kept, assert_invariants, digest
-from serving import Process, Served, coordinate, until
+from serving import Process, Served, until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "edge"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "policy"))
@@ -61,7 +61,7 @@ def test_episodes_of_several_robots_end_in_a_snapshot(service: Process, tmp_path
     for client in clients:
         client.start()
     until(lambda: _committed(served) == len(spooled))
-    coordinate(served)
+    served.plane.settle()
     until(lambda: not any(client.spool.pending() for client in clients))
     for client in clients:
         client.stop()

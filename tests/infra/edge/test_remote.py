@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from invariants import KILLED, assert_i7_kept, assert_invariants, digest, example_episode, in_process
 from recording import record_episode
-from serving import Process, Served, coordinate, serving
+from serving import Process, Served, serving
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
 from policies import Channel, make_base
@@ -88,7 +88,7 @@ def test_spooled_episodes_end_in_a_snapshot(server: Any, served: Served, tmp_pat
     spooled = {closed.episode_id: closed.sha256 for closed in client.spool.pending()}
     assert client.sync().sent == 20
     assert client.sync().waiting == 20
-    coordinate(served)
+    served.plane.settle()
     assert client.sync().confirmed == 20 and client.spool.pending() == []
     assert_invariants(served.plane.home, spooled)
     with served.plane.catalog.read() as connection:

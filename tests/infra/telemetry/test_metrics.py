@@ -18,10 +18,8 @@ import sqlalchemy as sa
 from invariants import Plane, digest, example_episode, open_plane
 
 from infra.catalog import Catalog, schema
-from infra.coordinator import Coordinator
 from infra.episode import Episode, encode
 from infra.errors import ConflictError, CorruptDataError
-from infra.events.outbox import OutboxLog
 from infra.objects.directory import DirectoryStore
 from infra.settings import load_settings
 from infra.telemetry import instruments, metrics
@@ -258,11 +256,7 @@ def refuse(episode: Episode) -> list[object]:
 
 
 def settle(plane: Plane) -> None:
-    log = OutboxLog(plane.catalog)
-    coordinator = Coordinator(plane.catalog, plane.objects, log, refuse, micro_batch=2)  # type: ignore[arg-type]
-    while coordinator.step():
-        pass
-    coordinator.lease.release()
+    plane.settle(refuse, micro_batch=2)  # type: ignore[arg-type]
 
 
 def now_shown(collector: CatalogMetrics) -> dict[str, float]:

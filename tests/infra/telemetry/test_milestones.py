@@ -18,14 +18,12 @@ import pytest
 from invariants import digest, example_episode, open_plane
 from otlp import Collector, collecting
 
-from infra.coordinator import Coordinator
 from infra.edge.client import EdgeClient
 from infra.edge.framelog import Frame
 from infra.edge.server import Upload
 from infra.edge.spool import Spool
 from infra.episode import Episode, encode
 from infra.errors import ConflictError, UnavailableError
-from infra.events.outbox import OutboxLog
 from infra.fleet.embedded import EmbeddedServer
 from infra.prefetcher import Cache, Prefetcher
 from infra.reader import SnapshotReader
@@ -72,10 +70,7 @@ def deliver(home: Path, tasks: tuple[str, ...]) -> None:
             client.record(Frame(np.zeros(3, np.float32), np.zeros(5, np.float32), float(step == 2), False, step * 0.05))
         client.close(np.zeros(3, np.float32), 0.15, "success", (1.0,))
     assert client.sync().sent == len(tasks)
-    coordinator = Coordinator(plane.catalog, plane.objects, OutboxLog(plane.catalog), check)
-    while coordinator.step():
-        pass
-    coordinator.lease.release()
+    plane.settle(check)
     client.sync()
     client.spool.release()
 

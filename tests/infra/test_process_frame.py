@@ -1,4 +1,4 @@
-"""What every long-lived process shares: it stops when told to, at whatever moment."""
+"""The frame of every long-lived process (`infra.process`): it stops when told to, at whatever moment."""
 
 from __future__ import annotations
 

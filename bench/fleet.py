@@ -90,9 +90,9 @@ class Fleet:
         for server in self.servers.all(SERVERS):
             server.start()
 
-    def start_processes(self, *, reconcile_s: float = 10.0, grace_s: float = 30.0) -> None:
+    def start_processes(self, *, reconcile_s: float = 10.0, grace_s: float = 30.0, sweep_s: float = 60.0) -> None:
         """Service, relay, two coordinators, reconciler and reader; returns when the service answers."""
-        reconciler = ["--every", str(reconcile_s), "--grace", str(grace_s)]
+        reconciler = ["--every", str(reconcile_s), "--grace", str(grace_s), "--sweep", str(sweep_s)]
         check = ["--check", CHECK, "--standby"]
         for name, module, *arguments in (
             ("service", "infra.service"),

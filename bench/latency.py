@@ -28,6 +28,7 @@ from bench.latency_run import Link, Run, measure
 from bench.speed import random_bundle
 from infra.policy.channel import PolicyPublisher
 from infra.policy.keys import create_keys
+from infra.reconcile import GRACE_S, SWEEP_S
 
 SHARED = Link(delay_ms=30.0, mbit_s=100.0)
 RUNS = (
@@ -63,7 +64,7 @@ def latencies(folder: Path, runs: Sequence[Run], say: Callable[[str], None]) -> 
         publisher = PolicyPublisher(fleet.catalog, fleet.objects, create_keys(fleet.settings.keys_dir))
         bundle = random_bundle(folder / "bundle")
         publisher.publish(bundle)
-        fleet.start_processes(reconcile_s=60.0, grace_s=3600.0)
+        fleet.start_processes(reconcile_s=60.0, grace_s=GRACE_S, sweep_s=SWEEP_S)
         fleet.enrol(max(run.actors for run in runs))
         for run in runs:
             found.append(measure(fleet, publisher, bundle, run))

@@ -33,13 +33,14 @@ from infra.events.outbox import OutboxLog
 from infra.ingest import Claim, Ingest
 from infra.objects import incoming_key
 from infra.objects.directory import DirectoryStore
-from infra.reconcile import reconcile
+from infra.reconcile import reconcile, settled_until
 from infra.servers import Servers
 from infra.service.backend import Backend
 from infra.snapshots import Snapshots
 
 BATCH = 10
 _TURNS = 40
+_MINUTE_S = 60.0
 _PER_SNAPSHOT = 64
 _EPOCH = 1.7e9  # when the first synthetic episode was committed; one a second since
 
@@ -52,14 +53,14 @@ _FILL = (
        SELECT md5(i::text), 'a' || i % 64, 'episodes/' || left(sha, 2) || '/' || sha || '.tar', sha, 20480, 1,
               md5('t' || i), :epoch + i, :epoch + i
        FROM (SELECT i, encode(sha256(i::text::bytea), 'hex') AS sha
-             FROM generate_series(CAST(:first AS int), CAST(:last AS int)) i) made""",
+             FROM generate_series(0, CAST(:last AS int)) i) made""",
     """INSERT INTO outbox (episode_id, robot_id, key, sha256, size, schema_version, trace_id, created_at, sent_at)
        SELECT episode_id, robot_id, key, sha256, size, schema_version, trace_id, committed_at, committed_at
-       FROM episodes WHERE committed_at BETWEEN :epoch + :first AND :epoch + :last ORDER BY committed_at""",
+       FROM episodes ORDER BY committed_at""",
     """INSERT INTO snapshot_episodes (episode_id, added, task, source, outcome, policy_version, steps, interventions,
                                       warnings)
-       SELECT md5(i::text), :version + 1 + (i - :first) / :each, 'S1', 'online', 'success', 1, 24, 0, '[]'
-       FROM generate_series(CAST(:first AS int), CAST(:last AS int)) i""",
+       SELECT md5(i::text), 1 + i / :each, 'S1', 'online', 'success', 1, 24, 0, '[]'
+       FROM generate_series(0, CAST(:last AS int)) i""",
 )
 
 
@@ -79,21 +80,28 @@ class TimedCatalog(Catalog):
 
 
 def commit_costs(sizes: Sequence[int]) -> dict[str, Any]:
-    """Milliseconds, medians of 40 turns, by catalogue size: `commit_ms_by_catalogue_size` is both transactions."""
+    """Milliseconds, medians of 40 turns, by catalogue size: `commit_ms_by_catalogue_size` is both transactions.
+
+    Each size is a database of one server, and the sizes take turns, so that the machine's moods meet all of them.
+    """
     data = Path(tempfile.mkdtemp(prefix="lwd-commit-"))
     data.chmod(0o755)  # PostgreSQL may run as another user
     postgres = Servers(data).postgres
-    costs: dict[str, dict[str, float]] = {}
+    benches: dict[str, _Bench] = {}
     try:
         postgres.start()
-        catalog = TimedCatalog(postgres.url("lwd"))
-        catalog.migrate()
-        bench, filled = _Turns(catalog, data / "objects"), 0
         for size in sizes:
-            fill(catalog, filled, size)
-            filled = size
-            costs[str(size)] = bench.run()
-        catalog.close()
+            postgres.create_database(name := f"episodes_{size}")
+            catalog = TimedCatalog(postgres.url(name))
+            catalog.migrate()
+            fill(catalog, size)
+            benches[str(size)] = _Bench(catalog, data / name)
+        for turn in range(_TURNS + 1):
+            for bench in list(benches.values())[:: 1 if turn % 2 else -1]:
+                bench.turn(kept=turn > 0)  # the first finds cold caches
+        costs = {size: bench.medians() for size, bench in benches.items()}
+        for bench in benches.values():
+            bench.catalog.close()
     finally:
         postgres.kill()
         shutil.rmtree(data, ignore_errors=True)
@@ -103,14 +111,13 @@ def commit_costs(sizes: Sequence[int]) -> dict[str, Any]:
     return {"commit_ms_by_catalogue_size": both, "catalogue_ms_by_size": parts}
 
 
-def fill(catalog: Catalog, first: int, end: int) -> None:
-    """Add the synthetic episodes `first` to `end` - 1, in snapshots of 64 with their chain of digests."""
-    before = Snapshots(catalog).latest()
+def fill(catalog: Catalog, size: int) -> None:
+    """Put synthetic episodes, 0 to `size` - 1, into an empty catalog: snapshots of 64 with their chain of digests."""
     rows: list[dict[str, Any]] = []
-    digest, held = before.digest, before.episodes
-    for start in range(first, end, _PER_SNAPSHOT):
-        members = range(start, min(start + _PER_SNAPSHOT, end))
-        version, held = before.version + 1 + len(rows), held + len(members)
+    digest, held = Snapshots(catalog).latest().digest, 0
+    for start in range(0, size, _PER_SNAPSHOT):
+        members = range(start, min(start + _PER_SNAPSHOT, size))
+        version, held = 1 + len(rows), held + len(members)
         lines = sorted(
             f"+{hashlib.md5(b'%d' % i).hexdigest()} {hashlib.sha256(b'%d' % i).hexdigest()}" for i in members
         )
@@ -119,7 +126,7 @@ def fill(catalog: Catalog, first: int, end: int) -> None:
             "version": version, "parent": version - 1, "digest": digest, "episodes": held, "added": len(members),
             "removed": 0, "reason": "episodes", "writer": "benchmark", "created_at": _EPOCH + members[-1],
         })  # fmt: skip
-    values = {"first": first, "last": end - 1, "epoch": _EPOCH, "version": before.version, "each": _PER_SNAPSHOT}
+    values = {"last": size - 1, "epoch": _EPOCH, "each": _PER_SNAPSHOT}
     with catalog.begin() as connection:
         for statement in _FILL:
             clause = sa.text(statement)
@@ -131,41 +138,46 @@ def fill(catalog: Catalog, first: int, end: int) -> None:
         connection.execute(sa.text("CHECKPOINT"))
 
 
-class _Turns:
-    """Commits and snapshots of ten small episodes, their objects in a folder."""
+class _Bench:
+    """Commits and snapshots of ten small episodes in one catalog, their objects in a folder."""
 
     def __init__(self, catalog: TimedCatalog, objects: Path) -> None:
-        self._catalog = catalog
+        self.catalog = catalog
         self._objects = DirectoryStore(objects)
         self._ingest = Ingest(catalog, self._objects)
         self._coordinator = Coordinator(catalog, self._objects, OutboxLog(catalog), default_check, micro_batch=BATCH)
+        self._snapshots, self._backend = Snapshots(catalog), Backend(catalog, self._objects)
         self._rng = np.random.default_rng(0)
-
-    def run(self) -> dict[str, float]:
-        """Median milliseconds of each part."""
-        took: dict[str, list[float]] = {}
-
-        def note(name: str, seconds: float) -> None:
-            took.setdefault(name, []).append(1000 * seconds)
-
-        snapshots, backend = Snapshots(self._catalog), Backend(self._catalog, self._objects)
-        with self._catalog.read() as connection:
+        self._took: dict[str, list[float]] = {}
+        with catalog.read() as connection:
             some = sa.select(episodes.c.episode_id, episodes.c.sha256).limit(MAX_BATCH)
-            asked = [(row.episode_id, row.sha256) for row in connection.execute(some)]
-        for turn in range(_TURNS + 1):
-            uploads = [self._upload() for _ in range(BATCH)]
-            before = snapshots.latest().version
-            self._ingest.commit_many(uploads)
-            ingest = self._catalog.took[-1]
-            settled = self._coordinator.step()
-            assert settled == BATCH and snapshots.latest().version == before + 1
-            if turn:  # the first finds cold caches
-                note("ingest", ingest)
-                note("coordinator", self._catalog.took[-1])
-                note("increment of a reader", _seconds(partial(snapshots.increment, before)))
-                note("status of 64", _seconds(partial(backend.statuses, asked)))
-        note("reconciler's look", _seconds(partial(reconcile, self._catalog, self._objects, sweep=False)))
-        return {name: round(statistics.median(values), 2) for name, values in took.items()}
+            self._asked = [(row.episode_id, row.sha256) for row in connection.execute(some)]
+
+    def turn(self, *, kept: bool) -> None:
+        """Ten episodes through ingest and coordinator, and what others ask of the catalog then."""
+        uploads = [self._upload() for _ in range(BATCH)]
+        before = self._snapshots.latest().version
+        self._ingest.commit_many(uploads)
+        took = {"ingest": self.catalog.took[-1]}
+        settled = self._coordinator.step()
+        assert settled == BATCH and self._snapshots.latest().version == before + 1
+        took["coordinator"] = self.catalog.took[-1]
+        took["increment of a reader"] = _seconds(partial(self._snapshots.increment, before))
+        took["status of 64"] = _seconds(partial(self._backend.statuses, self._asked))
+        took["reconciler's look, each minute"] = _seconds(partial(self._look, time.time() - _MINUTE_S))
+        took["reconciler's look at all, each hour"] = _seconds(partial(self._look, 0.0))
+        if kept:
+            for name, seconds in took.items():
+                self._took.setdefault(name, []).append(1000 * seconds)
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds of each part."""
+        return {name: round(statistics.median(values), 2) for name, values in self._took.items()}
+
+    def _look(self, since: float) -> None:
+        """Without grace: at every episode committed since."""
+        until = settled_until(self.catalog, since, time.time())
+        reconcile(self.catalog, self._objects, grace_s=0.0, since=until, sweep=False)
 
     def _upload(self) -> tuple[Claim, str]:
         episode = made(self._rng, "a0")

@@ -2,8 +2,9 @@
 
     python -m infra.reconcile --home /srv/lwd --every 60
 
-goes on for ever, and holds a lease so that no two announce the same again. Rows are looked at every time, by an index;
-the whole store is listed only once an hour.
+goes on for ever, and holds a lease so that no two announce the same again. Each look begins at the oldest episode that
+the last one left unsettled, so that it costs the same in a catalog of any size; once an hour all rows are looked at,
+and the whole store is listed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from infra.telemetry import metrics
 
 log = logging.getLogger(__name__)
 ROLE = "reconciler"
+GRACE_S = 3600.0
+SWEEP_S = 3600.0
 _BATCH = 500  # parameters of one IN (...)
 _CLAIM = ("episode_id", "robot_id", "key", "sha256", "size", "schema_version", "trace_id")
 
@@ -52,8 +55,9 @@ def reconcile(
     catalog: Catalog,
     objects: ObjectStore,
     *,
-    grace_s: float = 3600.0,
+    grace_s: float = GRACE_S,
     now: float | None = None,
+    since: float = 0.0,
     sweep: bool = True,
     alive: Callable[[], object] = lambda: None,
 ) -> Reconciliation:
@@ -67,18 +71,20 @@ def reconcile(
     Args:
         grace_s: how long a running process may take between two of its steps, seconds.
         now: the time to judge ages by; the clock's by default.
+        since: episodes that were committed before are known to be settled (`settled_until`).
         sweep: list the whole store too, for what was never committed.
         alive: called between any two steps; what it raises ends the work, which may be taken up again.
     """
     before = (time.time() if now is None else now) - grace_s
     with catalog.read() as connection:
-        waiting = list(connection.execute(_unsettled(before)))
+        waiting = list(connection.execute(_forgotten(since, before)))
     announced = lost = 0
     for row in waiting:
         alive()
         there = objects.exists(row.key)
         with catalog.begin() as connection:
-            if connection.execute(_unsettled(before).where(episodes.c.episode_id == row.episode_id)).first() is None:
+            still = _forgotten(since, before).where(episodes.c.episode_id == row.episode_id)
+            if connection.execute(still).first() is None:
                 continue  # settled meanwhile
             if there:
                 announce(connection, **{name: getattr(row, name) for name in _CLAIM})
@@ -98,6 +104,18 @@ def reconcile(
     return Reconciliation(announced, lost, orphans, incoming)
 
 
+def settled_until(catalog: Catalog, since: float, before: float) -> float:
+    """Up to when every episode is in a snapshot or in quarantine: the oldest other one's commit, at most `before`.
+
+    Args:
+        since: an earlier answer; what was committed before it is not looked at.
+    """
+    oldest = sa.select(sa.func.min(episodes.c.committed_at)).where(_unsettled(since, before))
+    with catalog.read() as connection:
+        found = connection.execute(oldest).scalar_one()
+    return before if found is None else float(found)
+
+
 def run(
     catalog: Catalog,
     objects: ObjectStore,
@@ -105,17 +123,18 @@ def run(
     *,
     every_s: float,
     grace_s: float,
-    sweep_s: float = 3600.0,
+    sweep_s: float = SWEEP_S,
     lease_s: float = 10.0,
 ) -> None:
     """Reconcile every `every_s` seconds until `stop`, while this process holds the lease; waits out servers.
 
     Args:
-        sweep_s: time between two listings of the whole store, seconds.
+        sweep_s: time between two looks at all rows and the whole store, seconds. These find what was settled and came
+            undone: an episode that was released from quarantine or sent again, and whose announcement was lost then.
         lease_s: how long another waits for this one after a missed round, seconds.
     """
     lease = Lease(catalog, ROLE, every_s + lease_s)
-    renew_at, sweep_at, failures = 0.0, 0.0, 0
+    renew_at, sweep_at, since, failures = 0.0, 0.0, 0.0, 0
 
     def alive() -> None:
         nonlocal renew_at
@@ -129,7 +148,9 @@ def run(
             renew_at = 0.0
             alive()
             with metrics.RECONCILE_SECONDS.time():
-                found = reconcile(catalog, objects, grace_s=grace_s, sweep=sweep, alive=alive)
+                now = time.time()
+                since = settled_until(catalog, 0.0 if sweep else since, now - grace_s)
+                found = reconcile(catalog, objects, grace_s=grace_s, now=now, since=since, sweep=sweep, alive=alive)
             _show(found)
             failures = 0
             sweep_at = time.monotonic() + sweep_s if sweep else sweep_at
@@ -194,12 +215,17 @@ def _want_again(connection: sa.Connection, row: sa.Row[Any]) -> None:
     dialect.insert_if_absent(connection, quarantine, values)
 
 
-def _unsettled(before: float) -> sa.Select[Any]:
-    """Episodes committed before a time, in no snapshot and not in quarantine, and last announced before it too."""
-    recent = sa.exists().where(outbox.c.episode_id == episodes.c.episode_id, outbox.c.created_at > before)
+def _unsettled(since: float, before: float) -> sa.ColumnElement[bool]:
+    """Committed within these times (both included), but in no snapshot and not in quarantine."""
     held = sa.exists().where(quarantine.c.episode_id == episodes.c.episode_id, quarantine.c.sha256 == episodes.c.sha256)
     member = sa.exists().where(snapshot_episodes.c.episode_id == episodes.c.episode_id)
-    return sa.select(episodes).where(episodes.c.committed_at <= before, ~recent, ~held, ~member)
+    return sa.and_(episodes.c.committed_at.between(since, before), ~held, ~member)
+
+
+def _forgotten(since: float, before: float) -> sa.Select[Any]:
+    """Unsettled episodes whose last announcement is not after `before` either."""
+    recent = sa.exists().where(outbox.c.episode_id == episodes.c.episode_id, outbox.c.created_at > before)
+    return sa.select(episodes).where(_unsettled(since, before), ~recent)
 
 
 def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
@@ -208,14 +234,16 @@ def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
     metrics.serve(settings, ROLE)
     catalog = open_catalog(settings, migrate=True, stop=stop)
     objects = patiently(lambda: open_objects(settings), stop)
-    run(catalog, objects, stop, every_s=options.every, grace_s=options.grace, lease_s=settings.lease_s)
+    times = {"every_s": options.every, "grace_s": options.grace, "sweep_s": options.sweep, "lease_s": settings.lease_s}
+    run(catalog, objects, stop, **times)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m infra.reconcile`: run until SIGTERM; exit code of the error otherwise."""
     parser = process_arguments("infra.reconcile", "Mend what servers and crashes lost.")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two looks")
-    parser.add_argument("--grace", type=float, default=3600.0, help="age of a difference that is mended, seconds")
+    parser.add_argument("--grace", type=float, default=GRACE_S, help="age of a difference that is mended, seconds")
+    parser.add_argument("--sweep", type=float, default=SWEEP_S, help="seconds between two looks at everything")
     options = parser.parse_args(arguments)
     return run_process(options, lambda stop: _serve(options, stop))
 

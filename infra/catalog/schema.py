@@ -45,7 +45,7 @@ episodes = Table(
     Column("schema_version", Integer, nullable=False),
     Column("trace_id", String(64), nullable=False),
     Column("produced_at", Double, nullable=False),  # the robot's clock, when its spool closed the episode
-    Column("committed_at", Double, nullable=False),  # the catalog's clock
+    Column("committed_at", Double, nullable=False, index=True),  # the catalog's clock
     Index(None, "robot_id", "committed_at"),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -16,7 +17,7 @@ from infra.catalog.schema import episodes, outbox
 from infra.episode import encode
 from infra.errors import LeaseLostError, UnavailableError
 from infra.objects import incoming_key
-from infra.reconcile import ROLE, Reconciliation, main, reconcile, run
+from infra.reconcile import ROLE, Reconciliation, main, reconcile, run, settled_until
 
 
 @pytest.fixture
@@ -73,12 +74,62 @@ def test_a_sweep_looks_at_any_number_of_objects(plane: Plane, monkeypatch: pytes
     assert len(list(plane.objects.list("episodes"))) == 4
 
 
+def test_a_look_begins_at_the_oldest_unsettled_episode(plane: Plane) -> None:
+    for number in range(4):
+        plane.submit(example_episode(number))
+        at(plane, number, 100.0 + number)
+    forget(plane, 2)
+    drain(coordinator(plane))
+    assert settled_until(plane.catalog, 0.0, 1000.0) == 102.0
+    assert settled_until(plane.catalog, 102.0, 1000.0) == 102.0  # itself included
+    assert settled_until(plane.catalog, 102.5, 1000.0) == 1000.0
+    assert settled_until(plane.catalog, 0.0, 101.0) == 101.0  # younger ones are not judged
+    assert settled_until(plane.catalog, 500.0, 101.0) == 101.0  # of a clock that was put back
+    later = 2.0e10
+    assert reconcile(plane.catalog, plane.objects, now=later, since=102.5).announced_again == 0
+    assert reconcile(plane.catalog, plane.objects, now=later, since=102.0).announced_again == 1
+    drain(coordinator(plane))
+    assert settled_until(plane.catalog, 102.0, 1000.0) == 1000.0
+    assert members(plane) == {0, 1, 2, 3}
+
+
+def test_a_look_reads_the_new_episodes_alone(plane: Plane) -> None:
+    asked: list[tuple[str, Any]] = []
+    sa.event.listen(
+        plane.catalog.engine,
+        "before_cursor_execute",
+        lambda connection, cursor, statement, parameters, *_: asked.append((statement, parameters)),
+    )
+    since = settled_until(plane.catalog, 0.0, 1000.0)
+    reconcile(plane.catalog, plane.objects, since=since, sweep=False)
+    looks = [(statement, parameters) for statement, parameters in asked if "FROM episodes" in statement]
+    assert len(looks) == 2
+    with plane.catalog.read() as connection:
+        for statement, parameters in looks:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+            assert any("episodes USING INDEX ix_episodes_committed_at (committed_at>" in str(step) for step in plan)
+
+
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
 def announcements(plane: Plane) -> int:
     with plane.catalog.read() as connection:
         return int(connection.execute(sa.select(sa.func.count()).select_from(outbox)).scalar_one())
+
+
+def at(plane: Plane, number: int, time_s: float) -> None:
+    """As if this episode had been committed then."""
+    with plane.catalog.begin() as connection:
+        connection.execute(
+            episodes.update().where(episodes.c.episode_id == f"{number:032x}").values(committed_at=time_s)
+        )
+
+
+def forget(plane: Plane, number: int) -> None:
+    """Lose the announcement of one episode."""
+    with plane.catalog.begin() as connection:
+        connection.execute(outbox.delete().where(outbox.c.episode_id == f"{number:032x}"))
 
 
 def lose(plane: Plane, *numbers: int) -> None:
@@ -140,6 +191,26 @@ def test_a_server_that_is_away_is_waited_for(plane: Plane, monkeypatch: pytest.M
     monkeypatch.setattr("infra.reconcile.backoff", lambda attempt: 0.001)
     run(plane.catalog, plane.objects, stop, every_s=0.01, grace_s=60.0)
     assert announcements(plane) == 1
+
+
+@pytest.mark.parametrize(("sweep_s", "sweeps"), [(3600.0, [True, False, False]), (0.0, [True, True, True])])
+def test_everything_is_looked_at_first_and_in_sweeps(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, sweep_s: float, sweeps: list[bool]
+) -> None:
+    stop, looks = threading.Event(), []
+
+    def look(*_: object, since: float, now: float, sweep: bool, **__: object) -> Reconciliation:
+        looks.append((now - 60.0 - since, sweep))
+        if len(looks) == 1:
+            lose(plane, 1)  # committed long ago: settled already, as far as the next look knows
+        if len(looks) == 3:
+            stop.set()
+        return Reconciliation(0, 0, 0, 0)
+
+    monkeypatch.setattr("infra.reconcile.reconcile", look)
+    run(plane.catalog, plane.objects, stop, every_s=0.01, grace_s=60.0, sweep_s=sweep_s)
+    assert [sweep for _, sweep in looks] == sweeps
+    assert [age > 60.0 for age, _ in looks] == [False, *sweeps[1:]]  # the lost one is found by a sweep
 
 
 def test_work_ends_when_another_took_the_lease(plane: Plane) -> None:

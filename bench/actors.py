@@ -1,8 +1,8 @@
 """Simulated robots without physics: real spools, real clients, each its own token; many in one process.
 
-    python -m bench.actors --home runs/soak/robots --tokens tokens.json --first 0 --count 4 --episodes 1000
+    python -m bench.actors --home runs/soak/robots --tokens tokens.json --url U --first 0 --count 4 --episodes 1000
 
-Every closed episode goes into `<home>/operations/<first>.jsonl`, fsynced, and so does every word of the server about
+Every closed episode goes into `<home>/actors/<first>.jsonl`, fsynced, and so does every word of the server about
 it: what the history checker holds the system to. Killed at any moment, the same command goes on. A file `<home>/enough`
 ends the recording; what is in the spools is still sent.
 """
@@ -10,19 +10,18 @@ ends the recording; what is in the spools is still sent.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bench.oplog import OperationLog
-from bench.route import parse_route, take_route
+from bench.robots import robot_arguments, robot_name, run_robots
 from bench.speed_fleet import episode
 from infra.edge.client import EdgeClient
 from infra.edge.framelog import Frame
@@ -31,13 +30,14 @@ from infra.edge.spool import ClosedEpisode, Spool
 from infra.episode import Episode
 from infra.errors import StorageFullError
 from infra.fleet.tasks import TASKS
-from infra.process import die_with_parent, log_to, stop_on_signal
+from infra.process import run_process
 from infra.settings import MIB
 
+KIND = "actors"
 STEPS = 24
 BACKLOG = 40  # closed episodes that a robot lets wait before it records another
 SPOOL_BYTES = 512 * MIB
-_WIDEST = 60_000  # values of an observation; the spool's records take 65,535
+_WIDEST = 60_000  # values of an observation: 240 KiB, about three camera images
 
 
 def made(rng: np.random.Generator, robot: str, payload: int = 0, *, breach: bool = False) -> Episode:
@@ -69,11 +69,11 @@ class Actor:
     """One robot: records episodes at a pace, or as fast as its backlog allows, until it has recorded enough."""
 
     def __init__(self, options: Any, number: int, server: RemoteServer, log: OperationLog) -> None:
-        self._robot, self._log, self._options = f"a{number}", log, options
+        self._robot, self._log, self._options = robot_name(number), log, options
         spool = options.home / "spool" / self._robot
         self._spool = Spool(spool, max_bytes=SPOOL_BYTES, fsync_s=60.0)
         self._client = EdgeClient(self._robot, self._spool, server, poll_s=options.poll, on_event=self._event)
-        self._count = options.home / "operations" / f"{self._robot}.count"
+        self._count = options.home / KIND / f"{self._robot}.count"
         self._closed = int(self._count.read_text()) if self._count.exists() else 0
         self._rng = np.random.default_rng([options.seed, number, self._closed])
         self._end = time.monotonic() + options.seconds if options.seconds else float("inf")
@@ -130,48 +130,28 @@ class Actor:
             self._log.write(event, robot=self._robot, **fields)
 
 
+def _live(
+    options: argparse.Namespace, number: int, server: RemoteServer, log: OperationLog, stop: threading.Event
+) -> None:
+    Actor(options, number, server, log).run(stop)
+
+
+def _record_all(options: argparse.Namespace, stop: threading.Event) -> None:
+    if not run_robots(options, KIND, partial(_live, options), stop) or stop.is_set():
+        sys.exit(1)  # to be started again
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True, help="JSON: robot -> token")
-    parser.add_argument("--url", required=True, help="of the ingest service")
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1)
+    parser = robot_arguments("bench.actors", "Robots without physics that record and send episodes.")
     parser.add_argument("--episodes", type=int, required=True, help="of each robot, in all its lives")
     parser.add_argument("--seconds", type=float, help="record no longer than this")
     parser.add_argument("--pace", type=float, default=0.0, help="mean seconds between two episodes; 0 is at once")
     parser.add_argument("--poll", type=float, default=0.2, help="pause between two looks of a client, seconds")
     parser.add_argument("--payload", type=float, default=0.0, help="MiB of an episode; some 20 KiB if less")
     parser.add_argument("--breach", type=float, default=0.0, help="share of episodes that break the contract")
-    parser.add_argument("--route", type=parse_route, default={}, help="PORT=PORT,…: connect to another port instead")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parent", type=int)
     options = parser.parse_args()
-    if options.parent:
-        die_with_parent(options.parent)
-    stop = stop_on_signal()
-    take_route(options.route)
-    log_to(options.home / "logs", f"actors-{options.first}")
-    tokens = json.loads(options.tokens.read_text())
-    log = OperationLog(options.home / "operations" / f"{options.first}.jsonl")
-    threads, failed = [], threading.Event()
-
-    def run(actor: Actor) -> None:
-        try:
-            actor.run(stop)
-        except BaseException:
-            failed.set()  # the others go on; this process is started again afterwards
-            raise
-
-    for number in range(options.first, options.first + options.count):
-        robot = f"a{number}"
-        actor = Actor(options, number, RemoteServer(options.url, tokens[robot], robot_id=robot), log)
-        threads.append(threading.Thread(target=run, args=(actor,), name=robot))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return 1 if stop.is_set() or failed.is_set() else 0
+    return run_process(options, partial(_record_all, options), label=KIND)
 
 
 if __name__ == "__main__":

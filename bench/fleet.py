@@ -18,6 +18,7 @@ from urllib.request import urlopen
 import psutil
 
 from bench.envelope import ROOT
+from bench.robots import robot_name
 from infra.catalog import Catalog
 from infra.errors import LwdError
 from infra.objects import ObjectStore
@@ -113,9 +114,8 @@ class Fleet:
         """Tokens for the robots `a0` to `a<count - 1>`."""
         tokens = Tokens(self.catalog)
         self.robots.mkdir(parents=True, exist_ok=True)
-        made = {
-            f"a{number}": tokens.enrol(f"a{number}", "learning", days=1, actor="benchmark") for number in range(count)
-        }
+        names = [robot_name(number) for number in range(count)]
+        made = {name: tokens.enrol(name, "learning", days=1, actor="benchmark") for name in names}
         self._tokens.write_text(json.dumps(made))
 
     def token(self, robot: str) -> str:

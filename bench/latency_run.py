@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
+from bench import actors, followers
 from bench.fleet import Fleet
 from bench.oplog import operations
+from bench.robots import robot_name
 from infra.catalog.schema import episodes, loads, snapshot_episodes, snapshots
 from infra.errors import UnavailableError
 from infra.policy.channel import PolicyPublisher
@@ -67,7 +69,7 @@ def measure(fleet: Fleet, publisher: PolicyPublisher, bundle: Path, run: Run) ->
     Raises:
         UnavailableError: episodes or a policy did not arrive in time.
     """
-    for path in [*(fleet.robots / "operations").glob("*"), *(fleet.robots / "followed").glob("*")]:
+    for path in [*(fleet.robots / actors.KIND).glob("*"), *(fleet.robots / followers.KIND).glob("*")]:
         path.unlink()
     tag = f"{run.actors}-{run.payload_mib:g}-{'direct' if run.link is None else 'link'}"
     follow = _start_followers(fleet, run, f"followers-{tag}")
@@ -139,7 +141,7 @@ def _is_active(fleet: Fleet, run: Run, version: int) -> bool:
 def _way_of_episodes(fleet: Fleet) -> list[list[float]]:
     """Of each episode, when it was: being closed on its robot, closed, committed, in a snapshot, held by the learner's
     end; seconds since the epoch. One machine, one clock."""
-    closed = {line["id"]: line for line in operations(fleet.robots / "operations") if line["op"] == "closed"}
+    closed = {line["id"]: line for line in operations(fleet.robots / actors.KIND) if line["op"] == "closed"}
     warm = min(line["began"] for line in closed.values()) + WARM_S
     query = (
         sa.select(episodes.c.episode_id, episodes.c.committed_at, snapshots.c.created_at, loads.c.loaded_at)
@@ -171,11 +173,11 @@ def _shape(fleet: Fleet, link: Link | None) -> None:
 
 
 def _robots(run: Run) -> set[str]:
-    return {f"a{number}" for number in range(run.actors)}
+    return {robot_name(number) for number in range(run.actors)}
 
 
 def _lines(fleet: Fleet) -> Iterator[dict[str, Any]]:
-    return operations(fleet.robots / "followed")
+    return operations(fleet.robots / followers.KIND)
 
 
 def _wait(fleet: Fleet, seconds: float, problem: str = "", until: Callable[[], bool] = lambda: False) -> None:

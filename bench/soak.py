@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench import actors
 from bench.envelope import RESULTS, Envelope
 from bench.faults import Injector
 from bench.fleet import Fleet, sigterm_interrupts
@@ -100,7 +101,7 @@ def soak(folder: Path, options: argparse.Namespace) -> tuple[Verdict, dict[str, 
         restarts = fleet.supervisor.restarts
         fleet.supervisor.stop()
         damaged_late = injector.mend()
-        log = operations(fleet.robots / "operations")
+        log = operations(fleet.robots / actors.KIND)
         verdict = check(fleet.catalog, fleet.objects, log, fleet.home / "reader.jsonl")
     finally:
         fleet.close()

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.actors import Actor, made
+from bench.actors import KIND, Actor, made
 from bench.history import check
 from bench.latency_figure import PAPER
 from bench.latency_figure import figure as latency_figure
 from bench.oplog import OperationLog, operations
-from bench.route import parse_route
+from bench.robots import parse_route
 from bench.soak_figure import figure, rates
 from data_contracts.checks import default_check
 from infra.catalog import Catalog
@@ -27,15 +27,15 @@ from infra.fleet.embedded import EmbeddedServer
 from infra.objects.directory import DirectoryStore
 
 faults = pytest.importorskip("bench.faults")
-KINDS = ["a", "b", "c", "d", *faults.ONCE]
+FAULTS = ["a", "b", "c", "d", *faults.ONCE]
 
 
 def test_the_schedule_is_seeded_and_holds_every_kind_in_every_round() -> None:
-    first, again = (list(itertools.islice(faults.schedule(7, 10.0, KINDS), 21)) for _ in range(2))
+    first, again = (list(itertools.islice(faults.schedule(7, 10.0, FAULTS), 21)) for _ in range(2))
     assert first == again
-    assert first != list(itertools.islice(faults.schedule(8, 10.0, KINDS), 21))
+    assert first != list(itertools.islice(faults.schedule(8, 10.0, FAULTS), 21))
     kinds = [fault.kind for fault in first]
-    assert sorted(kinds[:5]) == sorted(KINDS)
+    assert sorted(kinds[:5]) == sorted(FAULTS)
     assert Counter(kinds[5:]) == dict.fromkeys("abcd", 4), "what is done once is done in the first round"
     gaps = np.diff([0.0, *(fault.at for fault in first)])
     assert (gaps >= 5.0).all() and (gaps <= 15.0).all()
@@ -49,14 +49,13 @@ def test_episodes_keep_the_contract_and_break_it_where_they_are_told_to() -> Non
     assert default_check(wide) == default_check(long) == []
     assert 2.98 < len(encode(wide)) / 2**20 < 3.02
     assert 39.9 < len(encode(long)) / 2**20 < 40.1
-    assert long.observations.shape[1] < 2**16, "the spool's records take no more"
     assert len(encode(made(rng, "a0"))) < 20_481
 
 
 def robot(home: Path, server: EmbeddedServer, episodes: int) -> Actor:
     options = argparse.Namespace(home=home, episodes=episodes, seconds=None, pace=0.0, poll=0.02, payload=0.0,
                                  breach=0.0, seed=0)  # fmt: skip
-    return Actor(options, 0, server, OperationLog(home / "operations" / "0.jsonl"))  # type: ignore[arg-type]
+    return Actor(options, 0, server, OperationLog(home / KIND / "0.jsonl"))  # type: ignore[arg-type]
 
 
 def test_a_robot_records_sends_logs_and_goes_on_after_a_kill(tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_a_robot_records_sends_logs_and_goes_on_after_a_kill(tmp_path: Path) -> 
 
     live(3)
     live(5)  # another life of the same robot: two more
-    log = list(operations(home / "operations"))
+    log = list(operations(home / KIND))
     closed = [line["id"] for line in log if line["op"] == "closed"]
     assert len(closed) == len(set(closed)) == 5
     assert {line["id"] for line in log if line["op"] == "confirmed"} == set(closed)
@@ -93,7 +92,7 @@ def test_a_file_ends_the_recording(tmp_path: Path) -> None:
     catalog.migrate()
     (tmp_path / "enough").touch()
     robot(tmp_path, EmbeddedServer(catalog, DirectoryStore(tmp_path / "objects"), "a0"), 5).run(threading.Event())
-    assert list(operations(tmp_path / "operations")) == []
+    assert list(operations(tmp_path / KIND)) == []
 
 
 def test_a_torn_line_does_not_swallow_the_next_one(tmp_path: Path) -> None:

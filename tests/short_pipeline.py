@@ -1,11 +1,8 @@
-"""A very short offline pipeline's outputs, for tests of the online stage; and how they look at it."""
+"""A very short offline pipeline's outputs, for tests of the online stage."""
 
 from __future__ import annotations
 
 import functools
-import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -55,17 +52,3 @@ def fill_workspace(folder: Path, updates: int = UPDATES, **online: object) -> No
     for place in (SFT, OFFLINE):
         export_bundle(learner.agent.deployed, learner.agent.normaliser, config.policy, place / BUNDLE)
         learner.save(place / CHECKPOINT)
-
-
-def learner_status(home: Path) -> dict[str, int]:
-    """What the learner told last; empty before."""
-    path = home / "learner" / "status.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 180.0) -> None:
-    """Wait for `condition`; AssertionError if it does not come about."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.05)

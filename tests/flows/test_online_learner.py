@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 from invariants import open_plane
-from short_pipeline import ROOT, fill_workspace, learner_status, wait_until
+from online_stage import alive, learner_status, wait_until
+from short_pipeline import ROOT, fill_workspace
 
 from flows.deployment import deployment
 from flows.online import deploy_first
@@ -58,11 +58,11 @@ def test_two_ranks_begin_again_together_when_one_is_killed(tmp_path: Path, monke
         wait_until((home / "learner" / CHECKPOINT).exists)
         ranks = rank_processes(agent.pid)
         assert sorted(ranks) == ["0", "1"]
-        ranks["1"].send_signal(signal.SIGKILL)
+        ranks["1"].kill()
         _, told = agent.communicate(timeout=120)
         assert agent.returncode == UnavailableError.exit_code
         assert "rank 1 of 2 ended with exit code -9" in told
-        assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
+        assert not any(alive(rank) for rank in ranks.values())
 
         agent = learner(home)
         _, told = agent.communicate(timeout=300)

@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import sqlalchemy as sa
 from invariants import assert_invariants
-from short_pipeline import ROOT, fill_workspace, learner_status, wait_until
+from online_stage import (
+    ROLES,
+    assert_each_update_counted_once,
+    closed_by_robots,
+    learner_status,
+    stage_processes,
+    wait_until,
+)
+from short_pipeline import ROOT, fill_workspace
 
 from flows.deployment import deployment
 from infra.catalog import schema
 from infra.servers import Servers
 from infra.servers.server import free_port
 
-ROLES = {
-    "infra.service": "service",
-    "infra.events.relay": "relay",
-    "infra.coordinator": "coordinator",
-    "infra.reconcile": "reconciler",
-    "infra.prefetcher": "prefetcher",
-    "flows.online_learner": "learner",
-    "infra.fleet.robot": "robot",
-}
 SERVERS = ("kafka", "garage", "postgres")
 STEP = 8  # updates between two kills, at least
 UPDATES = 400  # far more than are done while one after another is killed
-
-
-def processes(parent: int) -> dict[str, psutil.Process]:
-    """The stage's processes by role."""
-    found = {}
-    for child in psutil.Process(parent).children(recursive=True):
-        try:
-            words = child.cmdline()
-        except psutil.Error:
-            continue
-        found |= {role: child for module, role in ROLES.items() if module in words}
-    return found
-
-
-def closed_by_robots(home: Path) -> set[str]:
-    """Ids of all episodes that the robots have closed in all their lives, from their own logs."""
-    logs = (home / "fleet" / "logs").glob("robot-*.jsonl")
-    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    return {line["episode_id"] for line in lines if line["message"] == "episode"}
 
 
 @pytest.mark.slow
@@ -74,8 +51,8 @@ def test_the_fleet_goes_on_when_each_process_and_each_server_is_killed(
         mark = 2
         for role in ROLES.values():
             wait_until(lambda m=mark: updates() >= m, 300)
-            wait_until(lambda r=role: r in processes(flow.pid))
-            os.kill(processes(flow.pid)[role].pid, signal.SIGKILL)
+            wait_until(lambda r=role: r in stage_processes(fleet_home))
+            stage_processes(fleet_home)[role].kill()
             mark = updates() + STEP
         for name in SERVERS:
             wait_until(lambda m=mark: updates() >= m, 300)
@@ -92,12 +69,11 @@ def test_the_fleet_goes_on_when_each_process_and_each_server_is_killed(
     assert all(summary["restarts"][name] >= 1 for name in ("service", "relay", "coordinator", "reconciler", "learner"))
     # A robot that was stopped takes what it could not yet hand in along in its spool.
     kept = {file.name.split(".")[0] for file in (fleet_home / "fleet" / "spool").glob("*/closed/*.tar")}
-    closed = closed_by_robots(fleet_home) - kept
+    closed = closed_by_robots(fleet_home / "fleet") - kept
     assert len(closed) >= UPDATES / 4
     with deployment(fleet_home) as plane, plane.catalog.read() as connection:
         digests = dict(connection.execute(sa.select(schema.episodes.c.episode_id, schema.episodes.c.sha256)).all())
         tokens = connection.execute(sa.select(schema.robot_tokens.c.sha256)).scalars().all()
     assert_invariants(fleet_home, {episode: digests[episode] for episode in closed})
-    rows = [json.loads(line)["update"] for line in (fleet_home / "learner" / "training.jsonl").read_text().splitlines()]
-    assert rows == sorted(set(rows)), "an update was counted twice"
+    assert_each_update_counted_once(fleet_home)
     assert tokens and not any((fleet_home / "fleet").rglob("settings.yaml")), "robots hold no server's credentials"

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
-from short_pipeline import fill_workspace, learner_status, wait_until
+from online_stage import (
+    ROLES,
+    assert_each_update_counted_once,
+    kill_tree,
+    learner_status,
+    stage_processes,
+    wait_until,
+)
+from short_pipeline import ROOT, fill_workspace
 
 from flows.deployment import deployment
 from flows.prefect_server import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-ROOT = Path(__file__).parents[2]
 UPDATES = 200  # the stage goes on for long enough to be disturbed
 
 
@@ -72,8 +75,7 @@ class PrefectServer:
 
     def stop(self) -> None:
         if self._process is not None:
-            for child in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
-                child.kill()
+            kill_tree(self._process.pid)
             self._process.wait()
             self._process = None
 
@@ -82,19 +84,6 @@ def prefect_command(*arguments: str) -> str:
     done = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], capture_output=True)
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
     return done.stdout.decode()
-
-
-def processes_of(home: Path, module: str) -> list[psutil.Process]:
-    """The living processes of one role in one deployment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        if module in words and str(home) in words and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
 
 
 def test_row_37_orchestrator_s_server_down_while_the_fleet_works(workspace: Path, fleet_home: Path, prefect) -> None:
@@ -133,27 +122,20 @@ def test_row_38_worker_killed_and_rerun_is_idempotent(workspace: Path, fleet_hom
         prefect_command(*run)
         wait_until(lambda: learner_status(fleet_home).get("updates", 0) >= 12)
         # The worker and the flow run that it had started, without a goodbye; the stage's processes end with the run.
-        stage = {"infra.coordinator", "flows.online_learner", "infra.service"}
-        for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
-            with suppress(psutil.Error):  # ended meanwhile
-                if not stage & set(process.cmdline()):
-                    process.send_signal(signal.SIGKILL)
+        kill_tree(worker.pid, spare=ROLES)
         worker.wait()
-        wait_until(lambda: not processes_of(fleet_home, "flows.online_learner"))
+        wait_until(lambda: not stage_processes(fleet_home))
         held = learner_status(fleet_home)["updates"]
         worker = start_worker(pool)
         prefect_command(*run)
         prefect_command(*run)  # a second run beside it finds the lease held, and does no harm
         wait_until(lambda: learner_status(fleet_home)["updates"] == UPDATES, 500)
-        wait_until(lambda: not processes_of(fleet_home, "infra.coordinator"))
+        wait_until(lambda: not stage_processes(fleet_home))
         assert 12 <= held < UPDATES, "nothing was left for the second run"
     finally:
-        for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
-            with suppress(psutil.Error):
-                process.kill()
+        kill_tree(worker.pid)
         worker.wait()
-    rows = [json.loads(line)["update"] for line in (fleet_home / "learner" / "training.jsonl").read_text().splitlines()]
-    assert rows == sorted(set(rows)), "an update was counted twice"
+    assert_each_update_counted_once(fleet_home)
     with deployment(fleet_home) as plane:
         assert plane.unaccounted() == 0
         assert plane.snapshots.verify() == plane.snapshots.latest().version > 0

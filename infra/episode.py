@@ -3,7 +3,8 @@
 On disk an episode is one sample of a WebDataset tar: members `<id>.meta.json`, `<id>.observations.npy`,
 `<id>.actions.npy`, `<id>.rewards.npy`, `<id>.intervention.npy`, `<id>.timestamps.npy`. An episode object holds one
 sample; a buffer shard holds many. The tar is deterministic (no clock, no user), so that equal episodes have equal
-digests. Tars are streamed, never extracted: regular files only, with caps on members and bytes.
+digests. Tars are streamed, never extracted: plain files only, with caps on members and bytes, so that reading one takes
+no more memory than a few times its own size.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.format import read_array
 
 from infra.errors import CorruptDataError
 
@@ -153,7 +155,7 @@ def read_samples(stream: IO[bytes], *, name: str = "shard") -> Iterator[Episode]
         name: what to call it in errors.
 
     Raises:
-        CorruptDataError: truncated or damaged tar, a member that is no regular file or too large, a duplicate or
+        CorruptDataError: truncated or damaged tar, a member that is no plain file or too large, a duplicate or
             missing member, an array of a wrong dtype.
     """
     fix = "restore the file from its store, or collect it again; it was not used"
@@ -162,8 +164,8 @@ def read_samples(stream: IO[bytes], *, name: str = "shard") -> Iterator[Episode]
     try:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
-                if not member.isreg():
-                    raise CorruptDataError(f"{name}: {member.name!r} is not a regular file", fix)
+                if not member.isreg() or member.issparse():  # a few bytes of a sparse file stand for gigabytes
+                    raise CorruptDataError(f"{name}: {member.name!r} is not a plain file", fix)
                 if member.size > MAX_MEMBER_BYTES:
                     raise CorruptDataError(f"{name}: {member.name!r} has {member.size} bytes, over the cap", fix)
                 key, _, suffix = member.name.partition(".")
@@ -201,8 +203,10 @@ def _assemble(key: str, members: dict[str, bytes], name: str) -> Episode:
     try:
         meta = json.loads(members["meta.json"])
         fields = {field_name: meta[field_name] for field_name in _META}
-        arrays = {array: np.load(io.BytesIO(members[f"{array}.npy"]), allow_pickle=False) for array in _ARRAYS}
-    except (ValueError, KeyError, EOFError, OSError) as error:
+        arrays: dict[str, Any] = {
+            array: read_array(io.BytesIO(members[f"{array}.npy"]), allow_pickle=False) for array in _ARRAYS
+        }
+    except (ValueError, KeyError, EOFError, OSError, MemoryError) as error:
         raise CorruptDataError(f"{name}: episode {key} cannot be read ({error})", fix) from error
     if fields["episode_id"] != key:
         raise CorruptDataError(f"{name}: episode {key} calls itself {fields['episode_id']!r}", fix)

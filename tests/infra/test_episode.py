@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -88,8 +89,90 @@ def test_a_link_is_refused(make_episode):
         info = tarfile.TarInfo(f"{'0' * 32}.meta.json")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
-    with pytest.raises(CorruptDataError, match="not a regular file"):
+    with pytest.raises(CorruptDataError, match="not a plain file"):
         decode(out.getvalue())
+
+
+def sparse(name: str, size: int, style: str) -> bytes:
+    """A tar of one sparse file: `size` bytes, of which all but the last are a hole."""
+    out = io.BytesIO()
+    info = tarfile.TarInfo(name)
+    if style == "gnu":  # the map is in the header itself
+        info.type, info.size = tarfile.GNUTYPE_SPARSE, 1
+        header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        header[386:410] = b"%011o\0%011o\0" % (size - 1, 1)
+        header[483:495] = b"%011o\0" % size
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        out.write(bytes(header) + b"x".ljust(512, b"\0") + bytes(1024))
+        return out.getvalue()
+    sparse_map = b"1\n%d\n1\n" % (size - 1)
+    payload = sparse_map.ljust(512, b"\0") + b"x"
+    info.size = len(payload)
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size)}
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(payload))
+    return out.getvalue()
+
+
+def oversized(name: str, size: int) -> bytes:
+    """A tar whose header announces far more than follows."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf() + bytes(1024)
+
+
+def crowded(number: int) -> bytes:
+    """One sample of very many members."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for member in range(number):
+            tar.addfile(tarfile.TarInfo(f"{'0' * 32}.{member}"))
+    return out.getvalue()
+
+
+META = f"{'0' * 32}.meta.json"
+
+
+@pytest.mark.parametrize(
+    ("bomb", "message"),
+    [
+        (sparse(META, 200 * 2**20, "gnu"), "not a plain file"),
+        (sparse(META, 200 * 2**20, "pax"), "not a plain file"),
+        (oversized(META, 2**33), "over the cap"),
+        (oversized(META, 200 * 2**20), "truncated|unexpected end"),
+        (crowded(1000), "one too many"),
+    ],
+    ids=["sparse", "sparse-pax", "huge-member", "announced-member", "members"],
+)
+def test_a_tar_bomb_is_refused_in_little_memory(bomb: bytes, message: str) -> None:
+    assert len(bomb) < 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptDataError, match=message):
+            decode(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", ["(100000000,)", "(10000000000000,)", "(-1,)"])
+def test_an_array_that_announces_more_than_it_holds_is_refused(make_episode, shape):
+    """NumPy sets the room aside before it reads."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode() + b"\n"
+    payload = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(16)
+    data = rewrite(encode(make_episode()), lambda i, p: [(i, payload if "rewards" in i.name else p)])
+    with pytest.raises(CorruptDataError, match="cannot be read"):
+        decode(data)
+
+
+def test_an_archive_of_arrays_is_no_array(make_episode):
+    """numpy.load would take it for one, and unpack it."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, actions=np.zeros((1000, 1000), np.float32))
+    data = rewrite(encode(make_episode()), lambda i, p: [(i, buffer.getvalue() if "actions" in i.name else p)])
+    with pytest.raises(CorruptDataError, match="cannot be read"):
+        decode(data)
 
 
 def test_a_pickled_array_is_refused(make_episode):

@@ -73,8 +73,8 @@ class ObjectStore(Protocol):
 class PresigningStore(ObjectStore, Protocol):
     """A store that robots reach by URLs which say what they permit, and until when."""
 
-    def presign_put(self, key: str, seconds: float) -> str:
-        """A URL for one PUT to `key`."""
+    def presign_put(self, key: str, size: int, seconds: float) -> str:
+        """A URL for PUTs of just so many bytes to `key`."""
 
     def presign_get(self, key: str, seconds: float) -> str:
         """A URL for GETs of `key`."""

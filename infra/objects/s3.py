@@ -132,13 +132,14 @@ class S3Store:
                 return
             last = page[-1].object_name
 
-    def presign_put(self, key: str, seconds: float) -> str:
-        """A URL that permits PUTs to `key`, and nothing else, for that many whole seconds, from 1 to 7 days."""
-        return self._presign("PUT", key, seconds)
+    def presign_put(self, key: str, size: int, seconds: float) -> str:
+        """A URL that permits PUTs of `size` bytes to `key`, and nothing else, for that many whole seconds, from 1 to
+        7 days."""
+        return self._bucket.presigned_upload(checked_key(key), size, _validity(seconds))
 
     def presign_get(self, key: str, seconds: float) -> str:
         """A URL that permits GETs of `key`, and nothing else, for that many whole seconds, from 1 to 7 days."""
-        return self._presign("GET", key, seconds)
+        return self._bucket.presigned("GET", checked_key(key), _validity(seconds))
 
     def sweep_uploads(self, older_than_s: float) -> int:
         """Abort uploads in parts that were begun longer ago and never ended; returns how many.
@@ -177,9 +178,8 @@ class S3Store:
         except (CorruptDataError, UnavailableError):
             return False  # a server that has lost the bytes fails at each GET, and does all else
 
-    def _presign(self, method: str, key: str, seconds: float) -> str:
-        if not 1 <= seconds <= MAX_PRESIGNED_S:
-            raise ConfigError(f"a URL cannot be valid for {seconds} s", f"ask for 1 to {MAX_PRESIGNED_S} s")
-        return self._bucket.client.get_presigned_url(
-            method, self._bucket.name, checked_key(key), timedelta(seconds=int(seconds))
-        )
+
+def _validity(seconds: float) -> timedelta:
+    if not 1 <= seconds <= MAX_PRESIGNED_S:
+        raise ConfigError(f"a URL cannot be valid for {seconds} s", f"ask for 1 to {MAX_PRESIGNED_S} s")
+    return timedelta(seconds=int(seconds))

@@ -14,6 +14,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -21,7 +22,9 @@ from urllib.parse import urlsplit
 import urllib3
 from minio import Minio
 from minio.commonconfig import REPLACE, ComposeSource, CopySource
+from minio.credentials import Credentials
 from minio.datatypes import ListMultipartUploadsResult, Object
+from minio.signer import sign_v4_s3
 from urllib3.connection import HTTPConnection
 from urllib3.exceptions import IncompleteRead, ProtocolError
 
@@ -78,6 +81,7 @@ class Bucket:
         self.name = name
         self.endpoint = f"{url.scheme}://{url.netloc}"
         self._timeout_s = timeout_s
+        self._region = region
         self._explain = Translator(self.endpoint, name, timeout_s)
         transport = _Transport(
             maxsize=pool,
@@ -89,6 +93,7 @@ class Bucket:
             ssl_context=ssl.create_default_context() if url.scheme == "https" else None,
         )
         try:
+            self._credentials = Credentials(access_key, secret_key)
             self.client = Minio(
                 url.netloc,
                 access_key=access_key,
@@ -97,9 +102,32 @@ class Bucket:
                 region=region,
                 http_client=transport,
             )
-            self.client.get_presigned_url("GET", name, "no-request-but-the-names-are-checked")
+            self.presigned("GET", "no-request-but-the-names-are-checked", timedelta(days=1))
         except ValueError as error:
-            raise ConfigError(f"s3_endpoint, s3_region or s3_bucket: {error}", "correct it") from error
+            raise ConfigError(f"s3_endpoint, s3_region, s3_bucket or the keys: {error}", "correct it") from error
+
+    def presigned(self, method: str, key: str, validity: timedelta, now: datetime | None = None) -> str:
+        """A URL for requests of one method to one key, whatever they send."""
+        return self.client.get_presigned_url(method, self.name, key, validity, request_date=now)
+
+    def presigned_upload(self, key: str, size: int, validity: timedelta) -> str:
+        """A URL for PUTs of `size` bytes to one key: the length is signed, too, as S3's signatures can be for any
+        header, but the client's own presigning cannot."""
+        now = datetime.now(UTC)
+        url = urlsplit(self.presigned("PUT", key, validity, now))
+        query = url.query.partition("&X-Amz-Signature=")[0]
+        query = query.replace("X-Amz-SignedHeaders=host", "X-Amz-SignedHeaders=content-length%3Bhost")
+        signed = sign_v4_s3(
+            method="PUT",
+            url=url._replace(query=query),
+            region=self._region,
+            headers={"Host": url.netloc, "Content-Length": str(size)},
+            credentials=self._credentials,
+            content_sha256="UNSIGNED-PAYLOAD",
+            date=now,
+        )
+        signature = str(signed["Authorization"]).rpartition("Signature=")[2]
+        return url._replace(query=f"{query}&X-Amz-Signature={signature}").geturl()
 
     def patiently(self, work: Callable[[], T], key: str) -> T:
         """`work()`, which asks something about `key`, tried again as the module says."""

@@ -169,7 +169,7 @@ class Desk:
     def _permit(self, robot: Identity, claim: Claim) -> tuple[str, str]:
         key = incoming_key(robot.robot_id, claim.episode_id)
         if self._presigning:
-            return key, cast(PresigningStore, self._backend.objects).presign_put(key, PERMIT_S)
+            return key, cast(PresigningStore, self._backend.objects).presign_put(key, claim.size, PERMIT_S)
         now = time.monotonic()
         with self._lock:
             if len(self._permits) > 1024:

@@ -125,7 +125,7 @@ def test_a_large_object_is_copied_in_parts(store: S3Store, monkeypatch: pytest.M
 
 def test_what_the_uploader_says_of_its_bytes_is_not_kept(store: S3Store) -> None:
     """A Content-Encoding would have clients unpack them."""
-    url = store.presign_put("incoming/r0/x", 60)
+    url = store.presign_put("incoming/r0/x", len(GOOD), 60)
     headers = {"Content-Encoding": "gzip", "Content-Type": "text/html"}
     assert urllib3.request("PUT", url, body=GOOD, headers=headers).status == 200
     final = store.accept("incoming/r0/x", digest(GOOD), len(GOOD))
@@ -163,7 +163,7 @@ def status(method: str, url: str) -> int:
 def test_a_url_permits_its_own_key_and_method_only(store: S3Store, settings: Settings) -> None:
     ours, theirs = "incoming/r0/a", "incoming/r1/a"
     store.put(theirs, GOOD)
-    url = store.presign_put(ours, 60)
+    url = store.presign_put(ours, len(EVIL), 60)
     assert url.startswith(f"{settings.s3_endpoint}/{settings.s3_bucket}/{ours}?")
     assert status("PUT", url) == 200
     assert store.get(ours) == EVIL
@@ -182,8 +182,23 @@ def test_a_url_permits_its_own_key_and_method_only(store: S3Store, settings: Set
     assert status("GET", store.presign_get(theirs, 60)) == 200
 
 
+@pytest.mark.parametrize("size", [0, 1, len(GOOD) - 1, len(GOOD) + 1, 10 * len(GOOD)])
+def test_a_url_permits_as_many_bytes_as_were_announced(store: S3Store, size: int) -> None:
+    """A robot cannot fill the store: what it may send, its quota has counted."""
+    key = f"incoming/r0/sized-{size}"
+    url = store.presign_put(key, len(GOOD), 60)
+    body = (GOOD * 10)[:size]
+    assert urllib3.request("PUT", url, body=body).status == 403
+    assert urllib3.request("PUT", url.replace("content-length%3B", ""), body=body).status == 403
+    pieces = urllib3.request("PUT", url, body=iter([body]))  # chunked: of no announced length
+    assert 400 <= pieces.status < 500
+    assert not store.exists(key)
+    assert urllib3.request("PUT", url, body=GOOD).status == 200
+    assert store.get(key) == GOOD
+
+
 def test_a_url_expires(store: S3Store) -> None:
-    urls = {"PUT": store.presign_put("incoming/r0/b", 1), "GET": store.presign_get("incoming/r0/a", 1)}
+    urls = {"PUT": store.presign_put("incoming/r0/b", len(EVIL), 1), "GET": store.presign_get("incoming/r0/a", 1)}
     store.put("incoming/r0/a", GOOD)
     time.sleep(2.1)  # the server tells whole seconds
     assert all(400 <= status(method, url) < 500 for method, url in urls.items())
@@ -193,12 +208,12 @@ def test_a_url_expires(store: S3Store) -> None:
 def test_a_url_for_no_time_is_refused(store: S3Store) -> None:
     for seconds in (0, -1, 0.5, 7 * 86400 + 1, float("nan")):
         with pytest.raises(ConfigError, match="a URL cannot be valid"):
-            store.presign_put("incoming/r0/a", seconds)
+            store.presign_put("incoming/r0/a", 1, seconds)
 
 
 def test_a_url_for_a_key_that_leaves_the_store_is_refused(store: S3Store) -> None:
     with pytest.raises(ConfigError, match="object key"):
-        store.presign_put("incoming/r0/../../episodes/x", 60)
+        store.presign_put("incoming/r0/../../episodes/x", 1, 60)
 
 
 # --- lists and uploads in parts ---------------------------------------------------------------------------------------

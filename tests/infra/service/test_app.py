@@ -378,17 +378,24 @@ def test_the_openapi_document_lists_every_route_and_is_sound(served: Served) -> 
 class Presigning(DirectoryStore):
     """A directory whose objects have URLs; they lead nowhere."""
 
-    def presign_put(self, key: str, seconds: float) -> str:
-        return f"http://store.invalid/{key}?X-Amz-Expires={seconds:.0f}&X-Amz-Signature=feed"
+    def presign_put(self, key: str, size: int, seconds: float) -> str:
+        return self._url(key, f"{seconds:.0f}&size={size}")
 
-    presign_get = presign_put
+    def presign_get(self, key: str, seconds: float) -> str:
+        return self._url(key, f"{seconds:.0f}")
+
+    def _url(self, key: str, permitted: str) -> str:
+        return f"http://store.invalid/{key}?X-Amz-Expires={permitted}&X-Amz-Signature=feed"
 
 
 def test_where_the_store_gives_urls_the_service_hands_them_out(tmp_path: Path) -> None:
     with serving(tmp_path, objects=Presigning(tmp_path / "objects")) as served:
         token = served.enrol()
         (place,) = offer(served, token, named(0))
-        assert place["url"] == f"http://store.invalid/{place['key']}?X-Amz-Expires=300&X-Amz-Signature=feed"
+        assert (
+            place["url"]
+            == f"http://store.invalid/{place['key']}?X-Amz-Expires=300&size={len(DATA[0])}&X-Amz-Signature=feed"
+        )
         assert served.ask("PUT", f"/v1/objects/{place['key']}", token, DATA[0])[0] == 503  # not through the service
         status, _, headers = served.ask("GET", f"/v1/policies/bases/{'a' * 64}", token)
         assert status == 307 and headers["Cache-Control"] == "no-store"

@@ -20,7 +20,7 @@ import psutil
 from bench.envelope import ROOT
 from bench.robots import robot_name
 from infra.catalog import Catalog
-from infra.errors import LwdError
+from infra.errors import LwdError, UnavailableError
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
 from infra.servers import Servers, write_settings
@@ -109,6 +109,9 @@ class Fleet:
             with suppress(OSError), urlopen(f"{self.url}/healthz", timeout=2.0):
                 return
             time.sleep(0.2)
+        said = "\n".join(f"{server.name}: {server.log_tail(3)}" for server in self.servers.all(SERVERS))
+        raise UnavailableError(f"the service does not answer at {self.url}; the servers' logs end with\n{said}",
+                               f"read {self.home / 'logs'}")  # fmt: skip
 
     def enrol(self, count: int) -> None:
         """Tokens for the robots `a0` to `a<count - 1>`."""

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,14 +61,11 @@ class Garage(Server):
         return argv, {**names, "GARAGE_DEFAULT_BUCKET": BUCKET, "RUST_LOG": "garage=warn"}
 
     def ready(self) -> bool:
-        """Whether its one node has its layout; it accepts connections a little earlier."""
+        """Whether its one node has its layout, and S3 is served: it calls itself healthy without, too."""
         if self.pid is None:
             return False
-        try:
-            with urllib.request.urlopen(f"http://{HOST}:{self.named_port('admin_port')}/health", timeout=2.0) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        healthy = f"http://{HOST}:{self.named_port('admin_port')}/health"
+        return _status(healthy) == 200 and _status(self.endpoint) == 403  # without a signature
 
     @property
     def endpoint(self) -> str:
@@ -120,3 +118,14 @@ api_bind_addr = "{HOST}:{self.named_port("admin_port")}"
 admin_token = "{self._secret("admin_token", lambda: secrets.token_urlsafe(32))}"
 """
         write_durably(self._config, text.encode(), mode=0o600)
+
+
+def _status(url: str) -> int | None:
+    """Of a GET; None if there is no answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=2.0) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None

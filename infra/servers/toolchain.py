@@ -21,6 +21,7 @@ from infra.errors import ConfigError
 
 HOST = "127.0.0.1"
 _FIRST_PORT = 20_000
+_given: set[int] = set()  # by this process: one that is not listened on yet is not given twice
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -87,7 +88,8 @@ def free_port() -> int:
         end = 32_768
     candidates = range(_FIRST_PORT, end) if end > _FIRST_PORT + 1000 else range(10_000, 65_536)
     for port in random.SystemRandom().sample(candidates, 200):
-        if refusal(port) is None:
+        if port not in _given and refusal(port) is None:
+            _given.add(port)
             return port
     raise ConfigError(f"200 ports tried on {HOST}, none is free", "give one by hand: `lwd servers up --port`")
 

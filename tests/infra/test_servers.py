@@ -155,6 +155,7 @@ def test_chosen_ports_are_none_that_the_kernel_gives_to_clients(tmp_path: Path, 
     (tmp_path / "range").write_text("32768\t60999\n")
     monkeypatch.setattr(toolchain, "_EPHEMERAL", tmp_path / "range")
     assert all(20_000 <= free_port() < 32_768 for _ in range(20))
+    assert len({free_port() for _ in range(50)}) == 50, "none is given twice"
     (tmp_path / "range").write_text("1024\t65535\n")  # no room below
     assert 10_000 <= free_port() < 65_536
 

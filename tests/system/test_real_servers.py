@@ -17,7 +17,7 @@ import yaml
 from kafka import KafkaConsumer, KafkaProducer
 from minio import Minio
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, UnavailableError
 from infra.servers import Servers
 from infra.servers.garage import Garage
 from infra.servers.kafka import TOPIC
@@ -67,6 +67,20 @@ def test_a_killed_garage_keeps_its_objects(servers: Servers, settings: Settings)
         killed_and_started(servers.garage)
     for key, data in objects.items():
         assert store(settings).get_object(settings.s3_bucket, key).read() == data
+
+
+def test_garage_without_s3_is_not_taken_for_a_store(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on, and calls itself healthy, when another has its S3 port."""
+    monkeypatch.setattr(Garage, "start_timeout_s", 4.0)
+    garage = Garage(servers.garage.programs, tmp_path / "garage")
+    (garage.folder() / "admin_port").write_text(str(garage.port))
+    try:
+        with pytest.raises(UnavailableError, match="does not serve after 4 s:\n.*Address already in use"):
+            garage.start()
+    finally:
+        garage.kill()
 
 
 def test_a_killed_kafka_keeps_its_records(servers: Servers, settings: Settings) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
 import random
 import signal
@@ -33,7 +31,6 @@ from infra.crashpoints import registered
 from infra.episode import Episode, encode
 from infra.errors import ConfigError, ConflictError, LeaseLostError
 from infra.events.outbox import OutboxLog
-from infra.process import die_with_parent, log_to, stop_on_signal
 from infra.reconcile import reconcile
 
 CORE = ("coordinator.py", "ingest.py", "objects/directory.py", "reconcile.py", "snapshots.py", "catalog/")
@@ -242,49 +239,3 @@ def test_a_check_that_cannot_be_loaded_is_named(tmp_path: Path, capfd: pytest.Ca
     code = in_process(main, arguments(tmp_path, "--check", "no_such_module:check"))
     assert code == ConfigError.exit_code
     assert "no_such_module:check" in capfd.readouterr().err
-
-
-def test_a_child_whose_parent_died_while_it_was_started_ends_at_once() -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    code = f"from infra.process import die_with_parent; die_with_parent({gone.pid}); print('outlived')"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert child.returncode == -signal.SIGTERM
-    assert child.stdout == ""
-
-
-def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
-    """The parent is killed; the kernel tells the child, which writes that it was told."""
-
-    def child() -> None:
-        stop = stop_on_signal()
-        die_with_parent(os.getppid())
-        (tmp_path / "started").touch()
-        if stop.wait(30):
-            (tmp_path / "stopped").touch()
-
-    def parent() -> None:
-        start_process(child)
-        while not (tmp_path / "started").exists():
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_process(parent) == KILLED
-    for _ in range(1000):
-        if (tmp_path / "stopped").exists():
-            return
-        time.sleep(0.01)
-    raise AssertionError("the child lives on")
-
-
-def test_logs_are_json_without_secrets(tmp_path: Path) -> None:
-    def work_and_log() -> None:
-        path = log_to(tmp_path, "robot")
-        url = "https://store/incoming/x?X-Amz-Signature=abc123&X-Amz-Date=1"
-        logging.getLogger("infra").warning("put %s", url, extra={"fields": {"db": "postgresql://u:hunter2@host/d"}})
-        assert path == tmp_path / "robot.jsonl"
-
-    assert in_process(work_and_log) == 0
-    entry = json.loads((tmp_path / "robot.jsonl").read_text())
-    assert entry["message"] == "put https://store/incoming/x?X-Amz-Signature=***&X-Amz-Date=1"
-    assert entry["db"] == "postgresql://u:***@host/d"

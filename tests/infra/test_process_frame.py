@@ -1,11 +1,20 @@
-"""The frame of every long-lived process (`infra.process`): it stops when told to, at whatever moment."""
+"""The frame of every long-lived process (`infra.process`): it stops when told to or left alone, and logs no secret."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from invariants import KILLED, in_process, start_process
+
+from infra.process import die_with_parent, log_to, stop_on_signal
 
 # Each child does nothing but wait for the event, so that the signal finds it anywhere within wait().
 CHILDREN = """
@@ -50,3 +59,49 @@ def test_the_second_signal_ends_the_process_at_once(times: int) -> None:
         "assert stop.wait(10)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == (0 if times == 1 else 128 + 15)
+
+
+def test_a_child_whose_parent_died_while_it_was_started_ends_at_once() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code = f"from infra.process import die_with_parent; die_with_parent({gone.pid}); print('outlived')"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGTERM
+    assert child.stdout == ""
+
+
+def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    """The parent is killed; the kernel tells the child, which writes that it was told."""
+
+    def child() -> None:
+        stop = stop_on_signal()
+        die_with_parent(os.getppid())
+        (tmp_path / "started").touch()
+        if stop.wait(30):
+            (tmp_path / "stopped").touch()
+
+    def parent() -> None:
+        start_process(child)
+        while not (tmp_path / "started").exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_process(parent) == KILLED
+    for _ in range(1000):
+        if (tmp_path / "stopped").exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError("the child lives on")
+
+
+def test_logs_are_json_without_secrets(tmp_path: Path) -> None:
+    def work_and_log() -> None:
+        path = log_to(tmp_path, "robot")
+        url = "https://store/incoming/x?X-Amz-Signature=abc123&X-Amz-Date=1"
+        logging.getLogger("infra").warning("put %s", url, extra={"fields": {"db": "postgresql://u:hunter2@host/d"}})
+        assert path == tmp_path / "robot.jsonl"
+
+    assert in_process(work_and_log) == 0
+    entry = json.loads((tmp_path / "robot.jsonl").read_text())
+    assert entry["message"] == "put https://store/incoming/x?X-Amz-Signature=***&X-Amz-Date=1"
+    assert entry["db"] == "postgresql://u:***@host/d"

@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
+ACTORS ?= 16
 # Threads are set on purpose: oversubscription costs 5 to 10 times.
 export OMP_NUM_THREADS ?= 2
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
@@ -57,8 +58,8 @@ bench-speed: setup  ## learner, simulator, reader and data plane speeds: docs/re
 bench-latency: setup servers  ## latencies of episodes, policies and commits on real servers: docs/results/latency.json
 	$(BIN)/python -m bench.latency
 
-soak: setup servers  ## 30,000 episodes on real servers under injected faults: docs/results/soak.json
-	$(BIN)/python -m bench.soak
+soak: setup servers  ## 30,000 episodes on real servers under injected faults: docs/results/soak.json (ACTORS=64: soak-64.json)
+	$(BIN)/python -m bench.soak --actors $(ACTORS)
 
 bench-gate: setup  ## false promotion rate and power of the gate: docs/results/gate.json
 	$(BIN)/python -m bench.gate

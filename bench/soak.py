@@ -27,6 +27,7 @@ from bench.soak_figure import figure
 from infra.catalog.schema import episodes, quarantine, snapshots
 from infra.errors import LwdError
 
+KEPT_ACTORS = 16  # of the run in docs/results/soak.json
 LOOK_S = 3.0
 _DRAIN_S = 600.0  # for robots to empty their spools once they record no more
 _SETTLE_S = 300.0
@@ -166,17 +167,20 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=30_000)
-    parser.add_argument("--actors", type=int, default=16)
+    parser.add_argument("--actors", type=int, default=KEPT_ACTORS)
     parser.add_argument("--hosts", type=int, default=4, help="processes that the actors share")
     parser.add_argument("--pace", type=float, default=0.0, help="mean seconds between two of a robot; 0: at once")
-    parser.add_argument("--every", type=float, default=10.0, help="mean seconds between two faults; 0 for none")
+    parser.add_argument("--every", type=float, default=5.0, help="mean seconds between two faults; 0 for none")
     parser.add_argument("--only", nargs="*", default=[], help="kinds of faults; all if not given")
     parser.add_argument("--breach", type=float, default=0.01, help="share of episodes that break the contract")
     parser.add_argument("--minutes-max", type=float, default=100.0, help="then nothing more is recorded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/soak"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
-    return parser.parse_args(words)
+    parser.add_argument("--out", type=Path, help="JSON file; docs/results/soak.json, or soak-N.json of N other actors")
+    options = parser.parse_args(words)
+    if options.out is None:
+        options.out = RESULTS / ("soak.json" if options.actors == KEPT_ACTORS else f"soak-{options.actors}.json")
+    return options
 
 
 def main(words: list[str] | None = None) -> int:

@@ -3,7 +3,6 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
-ACTORS ?= 16
 # Threads are set on purpose: oversubscription costs 5 to 10 times.
 export OMP_NUM_THREADS ?= 2
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
@@ -59,7 +58,7 @@ bench-latency: setup servers  ## latencies of episodes, policies and commits on 
 	$(BIN)/python -m bench.latency
 
 soak: setup servers  ## 30,000 episodes on real servers under injected faults: docs/results/soak.json (ACTORS=64: soak-64.json)
-	$(BIN)/python -m bench.soak --actors $(ACTORS)
+	$(BIN)/python -m bench.soak $(if $(ACTORS),--actors $(ACTORS))
 
 bench-gate: setup  ## false promotion rate and power of the gate: docs/results/gate.json
 	$(BIN)/python -m bench.gate

@@ -91,7 +91,7 @@ class Fleet:
         for server in self.servers.all(SERVERS):
             server.start()
 
-    def start_processes(self, *, reconcile_s: float = 10.0, grace_s: float = 30.0, sweep_s: float = 60.0) -> None:
+    def start_processes(self, *, reconcile_s: float, grace_s: float, sweep_s: float) -> None:
         """Service, relay, two coordinators, reconciler and reader; returns when the service answers."""
         reconciler = ["--every", str(reconcile_s), "--grace", str(grace_s), "--sweep", str(sweep_s)]
         check = ["--check", CHECK, "--standby"]

@@ -88,7 +88,7 @@ def soak(folder: Path, options: argparse.Namespace) -> tuple[Verdict, dict[str, 
     )
     injector = Injector(fleet, options.seed, options.every, only=options.only)
     try:
-        fleet.start_processes(reconcile_s=5.0, grace_s=20.0)
+        fleet.start_processes(reconcile_s=5.0, grace_s=20.0, sweep_s=60.0)
         fleet.enrol(options.actors)
         each = ["--episodes", str(-(-options.episodes // options.actors)), "--seed", str(options.seed)]
         each += ["--breach", str(options.breach), "--pace", str(options.pace), "--poll", "0.5"]

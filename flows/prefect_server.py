@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import UnavailableError
+from infra.servers.toolchain import http_status
 
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -91,10 +90,7 @@ def _await(url: str, server: subprocess.Popen[bytes], log: Path, timeout_s: floa
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
+        if http_status(f"{url}/health") == 200:
+            return
+        time.sleep(0.3)
     raise UnavailableError(f"the Prefect server did not answer at {url}", f"read {log} for the cause")

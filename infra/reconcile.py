@@ -234,8 +234,15 @@ def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
     metrics.serve(settings, ROLE)
     catalog = open_catalog(settings, migrate=True, stop=stop)
     objects = patiently(lambda: open_objects(settings), stop)
-    times = {"every_s": options.every, "grace_s": options.grace, "sweep_s": options.sweep, "lease_s": settings.lease_s}
-    run(catalog, objects, stop, **times)
+    run(
+        catalog,
+        objects,
+        stop,
+        every_s=options.every,
+        grace_s=options.grace,
+        sweep_s=options.sweep,
+        lease_s=settings.lease_s,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

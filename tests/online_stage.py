@@ -41,6 +41,12 @@ def stage_processes(home: Path) -> dict[str, psutil.Process]:
     return found
 
 
+def kill_role(home: Path, role: str) -> None:
+    """SIGKILL a process of this role, once there is one."""
+    wait_until(lambda: role in stage_processes(home))
+    stage_processes(home)[role].kill()
+
+
 def alive(process: psutil.Process) -> bool:
     """Whether it runs; one that has ended and is not reaped does not."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

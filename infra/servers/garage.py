@@ -6,15 +6,13 @@ import os
 import secrets
 import shutil
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from infra.errors import ConfigError
 from infra.files import write_durably
 from infra.servers.server import Server
-from infra.servers.toolchain import HOST, program, run
+from infra.servers.toolchain import HOST, http_status, program, run
 
 BUCKET, REGION = "lwd", "lwd"
 
@@ -65,7 +63,7 @@ class Garage(Server):
         if self.pid is None:
             return False
         healthy = f"http://{HOST}:{self.named_port('admin_port')}/health"
-        return _status(healthy) == 200 and _status(self.endpoint) == 403  # without a signature
+        return http_status(healthy) == 200 and http_status(self.endpoint) == 403  # without a signature
 
     @property
     def endpoint(self) -> str:
@@ -118,14 +116,3 @@ api_bind_addr = "{HOST}:{self.named_port("admin_port")}"
 admin_token = "{self._secret("admin_token", lambda: secrets.token_urlsafe(32))}"
 """
         write_durably(self._config, text.encode(), mode=0o600)
-
-
-def _status(url: str) -> int | None:
-    """Of a GET; None if there is no answer."""
-    try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 from infra.errors import ConfigError
 from infra.servers.postgres import Postgres
 from infra.servers.server import Server
-from infra.servers.toolchain import HOST
+from infra.servers.toolchain import HOST, http_status
 
 
 class Prefect(Server):
@@ -54,10 +52,4 @@ class Prefect(Server):
         return f"http://{HOST}:{self.port}/api"
 
     def ready(self) -> bool:
-        if self.pid is None:
-            return False
-        try:
-            with urllib.request.urlopen(f"{self.api_url}/health", timeout=2.0) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+        return self.pid is not None and http_status(f"{self.api_url}/health") == 200

@@ -11,6 +11,8 @@ import random
 import shutil
 import socket
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,14 @@ def _listener(port: int) -> str:
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
     return "another process"
+
+
+def http_status(url: str) -> int | None:
+    """The status that a GET is answered with; None if there is no answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=2.0) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None

@@ -49,6 +49,7 @@ def test_episodes_keep_the_contract_and_break_it_where_they_are_told_to() -> Non
     assert default_check(wide) == default_check(long) == []
     assert 2.98 < len(encode(wide)) / 2**20 < 3.02
     assert 39.9 < len(encode(long)) / 2**20 < 40.1
+    assert long.observations.shape[1] < 2**16, "an observation is a few images, not all of the payload"
     assert len(encode(made(rng, "a0"))) < 20_481
 
 

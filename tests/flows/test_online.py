@@ -15,6 +15,7 @@ from invariants import assert_invariants
 from online_stage import (
     assert_each_update_counted_once,
     closed_by_robots,
+    kill_role,
     learner_status,
     stage_processes,
     wait_until,
@@ -43,8 +44,7 @@ def test_the_loop_goes_on_when_each_of_its_processes_is_killed(workspace: Path) 
     try:
         for number, role in enumerate(("robot", "coordinator", "prefetcher", "learner")):
             wait_until(lambda n=number: learner_status(home).get("updates", 0) >= 10 * n + 2)
-            wait_until(lambda r=role: r in stage_processes(home))
-            stage_processes(home)[role].kill()
+            kill_role(home, role)
         # The supervisor last: its children end with it, and the same command goes on from where they were.
         wait_until(lambda: learner_status(home).get("updates", 0) >= 42)
         flow.kill()

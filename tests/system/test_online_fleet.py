@@ -14,8 +14,8 @@ from online_stage import (
     ROLES,
     assert_each_update_counted_once,
     closed_by_robots,
+    kill_role,
     learner_status,
-    stage_processes,
     wait_until,
 )
 from short_pipeline import ROOT, fill_workspace
@@ -51,8 +51,7 @@ def test_the_fleet_goes_on_when_each_process_and_each_server_is_killed(
         mark = 2
         for role in ROLES.values():
             wait_until(lambda m=mark: updates() >= m, 300)
-            wait_until(lambda r=role: r in stage_processes(fleet_home))
-            stage_processes(fleet_home)[role].kill()
+            kill_role(fleet_home, role)
             mark = updates() + STEP
         for name in SERVERS:
             wait_until(lambda m=mark: updates() >= m, 300)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import http.client
 import os
 import pwd
 import random
@@ -126,11 +127,11 @@ def _listener(port: int) -> str:
 
 
 def http_status(url: str) -> int | None:
-    """The status that a GET is answered with; None if there is no answer."""
+    """The status that a GET is answered with; None if there is no answer, or none in HTTP."""
     try:
         with urllib.request.urlopen(url, timeout=2.0) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None

@@ -16,7 +16,7 @@ import pytest
 from infra.errors import ConfigError, UnavailableError
 from infra.servers import toolchain
 from infra.servers.server import Server
-from infra.servers.toolchain import HOST, free_port, locked, refusal
+from infra.servers.toolchain import HOST, free_port, http_status, locked, refusal
 
 
 class Web(Server):
@@ -199,3 +199,19 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("words", [b"SSH-2.0-x\r\n", b"HTTP/1.1 abc\r\n\r\n", b""])
+def test_what_does_not_speak_http_has_no_status(words: bytes) -> None:
+    with socket.create_server((HOST, 0)) as listener:
+
+        def answer() -> None:
+            caller, _ = listener.accept()
+            with caller:
+                caller.recv(1000)
+                caller.sendall(words)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert http_status(f"http://{HOST}:{listener.getsockname()[1]}/") is None
+        thread.join()

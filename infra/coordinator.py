@@ -184,7 +184,7 @@ class Coordinator:
         self._refuse_revoked(connection, verdicts)
         self._refuse_influence(connection, verdicts)
         for verdict in verdicts:
-            if verdict.episode is None:
+            if not verdict.accepted:
                 event = verdict.event
                 values = {
                     "episode_id": event.episode_id,
@@ -198,7 +198,7 @@ class Coordinator:
                 dialect.insert_if_absent(connection, quarantine, values)
                 log.warning("quarantined %s: %s", event.episode_id, verdict.reasons)
         crashpoint("coordinator.quarantined")
-        added = [verdict.row() for verdict in verdicts if verdict.episode is not None]
+        added = [verdict.row() for verdict in verdicts if verdict.accepted]
         return append(connection, added=added, reason="episodes", writer=f"{self.lease.holder}#{self.lease.token}")
 
     def _refuse_revoked(self, connection: sa.Connection, verdicts: Sequence[Verdict]) -> None:
@@ -218,7 +218,7 @@ class Coordinator:
             return
         total, of_robot = current(connection).episodes, dict[str, int]()
         for verdict in verdicts:
-            if verdict.episode is None:
+            if not verdict.accepted:
                 continue
             robot = verdict.event.robot_id
             if robot not in of_robot:

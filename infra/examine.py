@@ -2,6 +2,9 @@
 
 A verdict depends on the event and its object alone. Whatever crafted bytes or a broken check provoke ends in a verdict,
 so that the next event is still read; only a store that does not answer stops the work, and nothing is decided then.
+
+One decoded episode is in memory, and a few that are fetched ahead of it, however many the events: a verdict keeps what
+the catalog is told of an episode, not its arrays. Only a batch check needs them all.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -22,7 +26,9 @@ from infra.process import backoff
 from infra.telemetry import milestones
 
 log = logging.getLogger(__name__)
-_AT_ONCE = 4
+_AT_ONCE = 4  # objects that are fetched ahead
+_AHEAD_BYTES = 256 * 2**20  # of theirs together; a larger one is fetched alone
+_TOLD = ("episode_id", "task", "source", "outcome", "policy_version", "steps")  # of an episode, to the catalog
 
 
 class Violation(Protocol):
@@ -42,16 +48,20 @@ BatchCheck = Callable[[Sequence[Episode]], Mapping[str, Sequence[Violation]]]
 
 @dataclass
 class Verdict:
-    """What becomes of one event: accepted with `episode`, or refused at `stage`; `reasons` hold warnings as well."""
+    """What becomes of one event: accepted, or refused at `stage`; `reasons` hold warnings as well."""
 
     event: Event
-    episode: Episode | None = None
     stage: str = ""
     reasons: list[dict[str, str]] = field(default_factory=list)
+    _told: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> bool:
+        return not self.stage
 
     def refuse(self, stage: str, rule: str, message: str) -> Verdict:
         """Refuse it for a reason of this program's own."""
-        self.episode, self.stage = None, stage
+        self.stage = stage
         self.reasons.append({"rule": rule, "severity": "block", "message": message})
         return self
 
@@ -61,14 +71,17 @@ class Verdict:
             {"rule": str(v.rule), "severity": str(v.severity), "message": str(v.message)} for v in violations
         ]
         if any(reason["severity"] != "warn" for reason in self.reasons):
-            self.episode, self.stage = None, "contract"
+            self.stage = "contract"
+
+    def tell(self, episode: Episode) -> None:
+        """Note what the catalog keeps of the episode."""
+        self._told = {name: getattr(episode, name) for name in _TOLD}
+        self._told["interventions"] = int(episode.intervention.sum())
 
     def row(self) -> dict[str, Any]:
         """What the catalog keeps of an accepted episode besides its claim: columns of `snapshot_episodes`."""
-        assert self.episode is not None
-        names = ("episode_id", "task", "source", "outcome", "policy_version", "steps")
-        row = {name: getattr(self.episode, name) for name in names}
-        return row | {"interventions": int(self.episode.intervention.sum()), "warnings": self.reasons}
+        assert self.accepted
+        return self._told | {"warnings": self.reasons}
 
 
 class Examiner:
@@ -104,48 +117,54 @@ class Examiner:
         Raises:
             UnavailableError: the store does not answer.
         """
-        known = [event for event in events if event.schema_version == SCHEMA_VERSION]
-        fetched = self._fetch_all(known)
-        verdicts = []
+        fetched = self._fetch_all([event for event in events if event.schema_version == SCHEMA_VERSION])
+        verdicts, kept = [], dict[str, Episode]()
         for event in events:
             began = time.time()
+            verdict = Verdict(event)
+            verdicts.append(verdict)
             if event.schema_version == SCHEMA_VERSION:
-                verdicts.append(self._judge(event, next(fetched)))
+                self._judge(verdict, next(fetched), kept)
                 milestones.examined(event, began)
             else:
                 message = f"schema version {event.schema_version}, this server reads {SCHEMA_VERSION}"
-                verdicts.append(Verdict(event).refuse("schema", "schema_version", message))
-        self._judge_together([verdict for verdict in verdicts if verdict.episode is not None])
+                verdict.refuse("schema", "schema_version", message)
+        if self._batch_check is not None and kept:
+            accepted = [verdict for verdict in verdicts if verdict.accepted]
+            self._judge_together(self._batch_check, accepted, list(kept.values()))
         return verdicts
 
-    def _judge(self, event: Event, data: bytes | CorruptDataError) -> Verdict:
-        verdict = Verdict(event)
+    def _judge(self, verdict: Verdict, data: bytes | CorruptDataError, kept: dict[str, Episode]) -> None:
+        """Judge one object; what is accepted is kept for the batch check."""
+        event = verdict.event
         if isinstance(data, CorruptDataError):
-            return verdict.refuse("store", "object", data.problem)
+            verdict.refuse("store", "object", data.problem)
+            return
         try:
             episode = decode(data, name=event.key)
         except CorruptDataError as error:
-            return verdict.refuse("decode", "format", error.problem)
+            verdict.refuse("decode", "format", error.problem)
+            return
         except Exception as error:  # whatever crafted bytes provoke: the next event must still be read
-            return verdict.refuse("decode", "format", f"{type(error).__name__}: {error}")
+            verdict.refuse("decode", "format", f"{type(error).__name__}: {error}")
+            return
         for name in ("episode_id", "robot_id", "schema_version"):
             announced, found = getattr(event, name), getattr(episode, name)
             if announced != found:
-                return verdict.refuse("identity", name, f"announced as {announced!r}, the object says {found!r}")
-        verdict.episode = episode
+                verdict.refuse("identity", name, f"announced as {announced!r}, the object says {found!r}")
+                return
+        verdict.tell(episode)
         try:
             verdict.judge(self._check(episode))
         except Exception as error:  # a check that breaks accepts nothing; Ingest.release() tries again
             log.exception("check failed on %s", event.episode_id)
             verdict.refuse("contract", "check", f"the check itself failed: {type(error).__name__}: {error}")
-        return verdict
+        if verdict.accepted and self._batch_check is not None:
+            kept[event.episode_id] = episode
 
-    def _judge_together(self, verdicts: Sequence[Verdict]) -> None:
-        if self._batch_check is None or not verdicts:
-            return
-        accepted = [verdict.episode for verdict in verdicts if verdict.episode is not None]
+    def _judge_together(self, check: BatchCheck, verdicts: Sequence[Verdict], accepted: Sequence[Episode]) -> None:
         try:
-            found = self._batch_check(accepted)
+            found = check(accepted)
         except Exception as error:
             log.exception("batch check failed")
             for verdict in verdicts:
@@ -155,21 +174,24 @@ class Examiner:
             verdict.judge(found.get(verdict.event.episode_id, ()))
 
     def _fetch_all(self, events: Sequence[Event]) -> Iterator[bytes | CorruptDataError]:
-        """Each event's object, in order, while those after it are being fetched."""
+        """Each event's object, in order, while some of those after it are being fetched."""
         if len(events) < 2:
             yield from map(self._fetch, events)
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
-        futures: list[Future[bytes | CorruptDataError]] = [self._pool.submit(self._fetch, event) for event in events]
-        futures.reverse()
+        waiting = deque(events)
+        ahead = deque[tuple[int, Future[bytes | CorruptDataError]]]()
         try:
-            while futures:
-                yield futures.pop().result()  # popped: bytes that are decoded need not be kept
+            while waiting or ahead:
+                while waiting and len(ahead) < _AT_ONCE and _fits(waiting[0], ahead):
+                    event = waiting.popleft()
+                    ahead.append((event.size, self._pool.submit(self._fetch, event)))
+                yield ahead.popleft()[1].result()  # popped: bytes that are decoded need not be kept
         finally:
-            for future in futures:
+            for _, future in ahead:
                 future.cancel()
-            wait(futures)
+            wait(future for _, future in ahead)
 
     def _fetch(self, event: Event) -> bytes | CorruptDataError:
         """The object's bytes; the error when after all tries they are not there or not those announced."""
@@ -189,3 +211,9 @@ class Examiner:
                 return data
             last = CorruptDataError(f"object {event.key} has {len(data)} bytes, sha256 {digest}", "send it again")
         return last
+
+
+def _fits(event: Event, ahead: Iterable[tuple[int, object]]) -> bool:
+    """Whether it may be fetched beside those that are on their way."""
+    others = [size for size, _ in ahead]
+    return not others or sum(others) + event.size <= _AHEAD_BYTES

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import threading
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from invariants import Plane, digest, example_episode, open_plane
 from test_coordinator import Flaky, Violation, coordinator, drain, held, members
 
+from infra import examine
 from infra.episode import SCHEMA_VERSION, Episode, encode
 from infra.errors import UnavailableError
 from infra.events import Event
@@ -140,7 +143,35 @@ def test_objects_are_fetched_at_once_and_judged_in_order() -> None:
     verdicts = Examiner(store, check).examine(events)  # type: ignore[arg-type]
     assert [verdict.event for verdict in verdicts] == events
     assert judged == [0, 1, 2, 4, 5, 6, 7]
-    assert [(v.event.offset, v.stage) for v in verdicts if v.episode is None] == [(3, "decode"), (9, "schema")]
+    assert [(v.event.offset, v.stage) for v in verdicts if not v.accepted] == [(3, "decode"), (9, "schema")]
+
+
+class Large:
+    """Objects of 4 MiB, made when they are asked for."""
+
+    def __init__(self, events: int) -> None:
+        self.shape = (5, 2**18)
+        self.events = [event(number, self.get(f"episodes/{number}.tar")) for number in range(events)]
+
+    def get(self, key: str) -> bytes:
+        number = int(key.removeprefix("episodes/").removesuffix(".tar"))
+        return encode(example_episode(number, observations=np.full(self.shape, number, np.float32)))
+
+
+@pytest.mark.parametrize("ahead", [1, 12 * 2**20], ids=["larger than what is fetched ahead", "two at once"])
+def test_memory_does_not_grow_with_the_number_of_episodes(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    monkeypatch.setattr(examine, "_AHEAD_BYTES", ahead)
+    store, peaks = Large(12), []
+    tracemalloc.start()
+    try:
+        for events in store.events[:4], store.events:
+            tracemalloc.reset_peak()
+            verdicts = Examiner(store, lambda episode: []).examine(events)  # type: ignore[arg-type]
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            assert all(verdict.accepted for verdict in verdicts)
+    finally:
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] < 12 * store.events[0].size
 
 
 def test_a_store_that_goes_away_among_several_decides_nothing(plane: Plane) -> None:

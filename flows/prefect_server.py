@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import UnavailableError
-from infra.servers.toolchain import http_status
+from infra.servers.toolchain import HOST, free_port, http_status, refusal
 
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -20,25 +19,6 @@ QUIET = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
 }
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def require_free(port: int) -> None:
-    """Raise UnavailableError, naming the port, when something listens on it already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UnavailableError(
-                f"port {port} on 127.0.0.1 is in use", "stop what listens there, or pass --port with another one"
-            ) from error
 
 
 @contextmanager
@@ -57,18 +37,20 @@ def prefect_server(home: Path, *, port: int | None = None, start_timeout_s: floa
     if url := os.environ.get("PREFECT_API_URL"):
         yield url
         return
-    if port is not None:
-        require_free(port)
+    if port is not None and (why := refusal(port)):
+        raise UnavailableError(
+            f"Prefect's server cannot have port {port} on {HOST}: {why}", "stop that, or pass --port with another one"
+        )
     port = port or free_port()
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
-    url = f"http://127.0.0.1:{port}/api"
+    url = f"http://{HOST}:{port}/api"
     os.environ.update(QUIET, PREFECT_HOME=str(home), PREFECT_API_URL=url)
     log = home / "server.log"
     # A session of its own: Ctrl-C reaches the flow first, which still needs the server to record how it ended.
     with log.open("ab") as out:
         server = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

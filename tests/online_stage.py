@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from waiting import wait_until
 
 ROLES = {
     "infra.service": "service",
@@ -20,14 +20,6 @@ ROLES = {
     "infra.fleet.robot": "robot",
 }
 """Modules that the stage runs as processes: their roles."""
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 180.0) -> None:
-    """Wait for `condition`; AssertionError if it does not come about."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.05)
 
 
 def stage_processes(home: Path) -> dict[str, psutil.Process]:

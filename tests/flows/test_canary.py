@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "policy"))
@@ -353,13 +353,13 @@ def test_a_watcher_that_is_killed_goes_on(fleet: Fleet) -> None:
     fleet.run("c0", [False] * 4)
     arguments = ["--home", str(home), "--gate", str(file), "--poll", "0.02"]
     first = start_process(main, arguments)
-    wait_for(lambda: "CONTINUE" in log_of(home))
+    wait_until(lambda: "CONTINUE" in log_of(home))
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     assert first.exitcode == KILLED and plane.registry.alias("canary") == 2
     fleet.run("c0", [False] * 20)
     second = start_process(main, arguments)
-    wait_for(lambda: plane.registry.alias("canary") is None)
+    wait_until(lambda: plane.registry.alias("canary") is None)
     second.terminate()
     second.join(60)
     assert second.exitcode == 0
@@ -369,13 +369,6 @@ def test_a_watcher_that_is_killed_goes_on(fleet: Fleet) -> None:
 def log_of(home: Path) -> str:
     path = home / "logs" / "canary.jsonl"
     return path.read_text() if path.exists() else ""
-
-
-def wait_for(condition: object, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.02)
 
 
 # --- flow and command -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from waiting import wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 from invariants import assert_invariants
@@ -18,7 +19,6 @@ from online_stage import (
     kill_role,
     learner_status,
     stage_processes,
-    wait_until,
 )
 from short_pipeline import ROOT, UPDATES, fill_workspace
 

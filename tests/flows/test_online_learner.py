@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 import sqlalchemy as sa
+from waiting import wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 from invariants import open_plane
-from online_stage import alive, learner_status, wait_until
+from online_stage import alive, learner_status
 from short_pipeline import ROOT, fill_workspace
 
 from flows.deployment import deployment

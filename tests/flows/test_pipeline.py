@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,8 @@ import yaml
 
 from bench.workspace import freeze
 from flows import pipeline
-from flows.prefect_server import require_free
 from flows.stages.__main__ import NAMES, main
-from infra.errors import ConfigError, UnavailableError
+from infra.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,12 +65,3 @@ def test_outside_a_repository_is_said_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"dvc\.yaml"):
         pipeline.stages()
-
-
-def test_a_port_in_use_is_named():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UnavailableError, match=f"port {port}"):
-            require_free(port)

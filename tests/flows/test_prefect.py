@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from flows.prefect_server import prefect_server
+from infra.errors import UnavailableError
+from infra.servers.toolchain import HOST
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,3 +42,14 @@ def test_every_named_deployment_is_accepted(tmp_path, monkeypatch):
     assert {name for name, row in found.items() if row["schedules"]} == {"offline", "evaluate"}
     assert all(found[name]["entrypoint"] == row["entrypoint"] for name, row in wanted.items())
     assert all(row["work_pool_name"] == "lwd" for row in found.values())
+
+
+def test_a_port_in_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(UnavailableError, match=f"port {port} .* listens there"),
+            prefect_server(tmp_path, port=port),
+        ):
+            pass

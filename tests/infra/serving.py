@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import urllib3
 from invariants import Plane, open_plane
+from waiting import wait_until
 
 from infra.crashpoints import VARIABLE
 from infra.edge.remote import RemoteServer
@@ -93,7 +93,7 @@ class Process:
         command = [sys.executable, "-m", "infra.service", "--home", str(self.home), "--parent", str(os.getpid())]
         env = self._env | ({VARIABLE: crash} if crash else {})
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL)
-        until(self._serves)
+        wait_until(self._serves)
 
     def _serves(self) -> bool:
         assert self.process is not None and self.process.poll() is None, "the service ended at its start"
@@ -117,11 +117,3 @@ class Process:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Wait for what must come about."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "did not come about"
-        time.sleep(0.02)

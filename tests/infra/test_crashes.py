@@ -25,6 +25,7 @@ from invariants import (
     open_plane,
     start_process,
 )
+from waiting import wait_until
 
 from infra.coordinator import Coordinator, main
 from infra.crashpoints import registered
@@ -200,11 +201,7 @@ def arguments(home: Path, *options: str) -> list[str]:
 
 def wait_for(home: Path, version: int) -> None:
     snapshots = open_plane(home).snapshots
-    for _ in range(1500):
-        if snapshots.latest().version >= version:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no snapshot {version}")
+    wait_until(lambda: snapshots.latest().version >= version, f"no snapshot {version}")
 
 
 @pytest.mark.usefixtures("quick")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from invariants import Plane, digest, example_episode, in_process, open_plane, start_process
 from test_coordinator import coordinator, drain, members
+from waiting import wait_until
 
 from infra.catalog.leases import Lease
 from infra.catalog.schema import episodes, outbox
@@ -141,21 +141,13 @@ def lose(plane: Plane, *numbers: int) -> None:
         connection.execute(episodes.update().values(committed_at=1.0))
 
 
-def wait_for(condition: object, what: str) -> None:
-    for _ in range(1000):
-        if condition():  # type: ignore[operator]
-            return
-        time.sleep(0.02)
-    raise AssertionError(what)
-
-
 def test_two_reconcilers_announce_once_and_one_takes_over(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LWD_LEASE_S", "0.3")
     lose(plane, 1, 2)
     arguments = ["--home", str(plane.home), "--every", "0.1", "--grace", "60"]
     workers = [start_process(main, arguments) for _ in range(2)]
     try:
-        wait_for(lambda: announcements(plane) == 2, "nothing was announced")
+        wait_until(lambda: announcements(plane) == 2, "nothing was announced")
         with plane.catalog.read() as connection:
             holder = str(connection.execute(sa.text("select holder from leases")).scalar_one())
         first, second = sorted(workers, key=lambda worker: f":{worker.pid}:" not in holder)
@@ -163,7 +155,7 @@ def test_two_reconcilers_announce_once_and_one_takes_over(plane: Plane, monkeypa
         first.join()
         with plane.catalog.begin() as connection:
             connection.execute(outbox.update().values(created_at=1.0))
-        wait_for(lambda: announcements(plane) == 4, "the second did not take over")
+        wait_until(lambda: announcements(plane) == 4, "the second did not take over")
         second.terminate()
         second.join(60)
         assert second.exitcode == 0

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from infra.errors import UnavailableError
 from infra.supervisor import ProcessSpec, Supervisor
 
 
 def wait_for(condition, supervisor: Supervisor, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
+    def holds() -> bool:
         supervisor.poll()
-        time.sleep(0.02)
+        return condition()
+
+    wait_until(holds, seconds=seconds)
 
 
 def python(code: str) -> list[str]:

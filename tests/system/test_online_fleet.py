@@ -16,14 +16,14 @@ from online_stage import (
     closed_by_robots,
     kill_role,
     learner_status,
-    wait_until,
 )
 from short_pipeline import ROOT, fill_workspace
+from waiting import wait_until
 
 from flows.deployment import deployment
 from infra.catalog import schema
 from infra.servers import Servers
-from infra.servers.server import free_port
+from infra.servers.toolchain import free_port
 
 SERVERS = ("kafka", "garage", "postgres")
 STEP = 8  # updates between two kills, at least
@@ -50,11 +50,11 @@ def test_the_fleet_goes_on_when_each_process_and_each_server_is_killed(
     try:
         mark = 2
         for role in ROLES.values():
-            wait_until(lambda m=mark: updates() >= m, 300)
+            wait_until(lambda m=mark: updates() >= m, seconds=300)
             kill_role(fleet_home, role)
             mark = updates() + STEP
         for name in SERVERS:
-            wait_until(lambda m=mark: updates() >= m, 300)
+            wait_until(lambda m=mark: updates() >= m, seconds=300)
             getattr(servers, name).kill()
             getattr(servers, name).start()
             mark = updates() + STEP

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from infra.servers.proxy import FaultProxy
 
@@ -75,14 +76,6 @@ def asked(connection: socket.socket, data: bytes) -> bytes:
     return received(connection, len(data))
 
 
-def eventually(proxy: FaultProxy, name: str, wanted: int) -> None:
-    for _ in range(1000):
-        if proxy.counts()[name] == wanted:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{name}: {proxy.counts()}")
-
-
 def assert_reset(connection: socket.socket) -> bytes:
     """The connection ends by RST; what came before it."""
     found = b""
@@ -105,7 +98,7 @@ def test_what_was_sent_arrives_in_order_both_ways(proxy: FaultProxy, faults: dic
         sender.start()
         assert received(connection) == data  # to the end: half-closed here, closed there
         sender.join()
-    eventually(proxy, "open", 0)
+    wait_until(lambda: proxy.counts()["open"] == 0, proxy.counts)
     assert {name: proxy.counts()[name] for name in ("accepted", "up", "down")} == {
         "accepted": 1,
         "up": len(data),
@@ -198,7 +191,7 @@ def test_a_blackhole_swallows_on_open_and_new_connections(proxy: FaultProxy, ech
     with connect(proxy) as after:
         assert asked(after, b"b") == b"b"
     assert echo.heard == b"ab"
-    eventually(proxy, "open", 0)
+    wait_until(lambda: proxy.counts()["open"] == 0, proxy.counts)
 
 
 def test_without_a_server_the_connection_is_reset() -> None:

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from invariants import Plane, example_episode, in_process, open_plane
 from log_tools import closing, open_relay, records, relay_all, unsent
+from waiting import wait_until
 
 from infra.catalog import Catalog
 from infra.errors import ConfigError, UnavailableError
@@ -33,13 +33,6 @@ def plane(fleet_home: Path) -> Plane:
 def submit(plane: Plane, *numbers: int) -> None:
     for number in numbers:
         plane.submit(example_episode(number, robot=f"r{number % 5}"), trace_id=TRACE)
-
-
-def wait_until(what: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < until, "it does not happen"
-        time.sleep(0.05)
 
 
 def test_a_record_has_the_claim_the_robots_key_and_the_trace(plane: Plane, fleet_home: Path) -> None:

@@ -44,6 +44,7 @@ from log_tools import (
     relay_all,
     unsent,
 )
+from waiting import wait_until
 
 from infra.episode import Episode, encode
 from infra.errors import ConflictError, LeaseLostError
@@ -146,10 +147,10 @@ def test_row_14_the_broker_is_down_and_the_outbox_drains_without_a_gap(
 
 
 def wait_for(plane: Plane, episodes: int) -> None:
-    until = time.monotonic() + 120
-    while plane.snapshots.latest().episodes < episodes:
-        assert time.monotonic() < until, f"{plane.snapshots.latest().episodes} of {episodes}"
-        time.sleep(0.05)
+    def seen() -> int:
+        return plane.snapshots.latest().episodes
+
+    wait_until(lambda: seen() >= episodes, lambda: f"{seen()} of {episodes}")
 
 
 # --- 15: the broker loses its log -------------------------------------------------------------------------------------

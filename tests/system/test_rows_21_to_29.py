@@ -27,6 +27,7 @@ from invariants import (
     start_process,
 )
 from log_tools import drain, relay_all
+from waiting import wait_until
 
 from infra.catalog.schema import loads, snapshot_episodes, snapshots
 from infra.collect import collect
@@ -76,13 +77,6 @@ def snapshot(home: Path, numbers: Sequence[int], micro_batch: int = 2) -> Plane:
     plane = commit(home, numbers)
     drain(home, micro_batch=micro_batch)
     return plane
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 # --- coordinators -----------------------------------------------------------------------------------------------------

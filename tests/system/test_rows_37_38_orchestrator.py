@@ -16,12 +16,12 @@ from online_stage import (
     kill_tree,
     learner_status,
     stage_processes,
-    wait_until,
 )
 from short_pipeline import ROOT, fill_workspace
+from waiting import wait_until
 
 from flows.deployment import deployment
-from flows.prefect_server import free_port
+from infra.servers.toolchain import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 UPDATES = 200  # the stage goes on for long enough to be disturbed
@@ -129,7 +129,7 @@ def test_row_38_worker_killed_and_rerun_is_idempotent(workspace: Path, fleet_hom
         worker = start_worker(pool)
         prefect_command(*run)
         prefect_command(*run)  # a second run beside it finds the lease held, and does no harm
-        wait_until(lambda: learner_status(fleet_home)["updates"] == UPDATES, 500)
+        wait_until(lambda: learner_status(fleet_home)["updates"] == UPDATES, seconds=500)
         wait_until(lambda: not stage_processes(fleet_home))
         assert 12 <= held < UPDATES, "nothing was left for the second run"
     finally:

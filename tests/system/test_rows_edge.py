@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 import pytest
 import sqlalchemy as sa
 from invariants import KILLED, assert_i7_kept, assert_invariants, in_process
-from serving import Process, Served, until
+from serving import Process, Served
 from small_disk import small_disk
+from waiting import wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "edge"))
 from recording import record_episode
@@ -160,7 +161,7 @@ def test_row_09_edge_disk_full(service: Process, tiny_disk: Path) -> None:
     assert spooled(client) == wanted
     client.discard("the disk is full")
     service.start()
-    until(lambda: client.sync().waiting == len(wanted))
+    wait_until(lambda: client.sync().waiting == len(wanted))
     assert_i7_kept(service.home, wanted.items())
     served.plane.settle()
     client.sync()

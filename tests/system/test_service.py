@@ -11,7 +11,8 @@ import pytest
 import sqlalchemy as sa
 import urllib3
 from invariants import assert_i7_kept, assert_invariants, digest
-from serving import Process, Served, until
+from serving import Process, Served
+from waiting import wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "edge"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "policy"))
@@ -60,9 +61,9 @@ def test_episodes_of_several_robots_end_in_a_snapshot(service: Process, tmp_path
         spooled |= {closed.episode_id: closed.sha256 for closed in client.spool.pending()}
     for client in clients:
         client.start()
-    until(lambda: _committed(served) == len(spooled))
+    wait_until(lambda: _committed(served) == len(spooled))
     served.plane.settle()
-    until(lambda: not any(client.spool.pending() for client in clients))
+    wait_until(lambda: not any(client.spool.pending() for client in clients))
     for client in clients:
         client.stop()
     assert_invariants(service.home, spooled)
@@ -145,7 +146,7 @@ def test_a_revocation_counts_in_a_running_service(service: Process) -> None:
     token = served.enrol("a")
     assert served.ask("GET", "/v1/announcements", token)[0] == 200
     Tokens(served.plane.catalog).revoke("a")
-    until(lambda: served.ask("GET", "/v1/announcements", token)[0] == 401, timeout_s=10)
+    wait_until(lambda: served.ask("GET", "/v1/announcements", token)[0] == 401, seconds=10)
 
 
 def test_servers_that_go_and_come_back_are_waited_out(service: Process, servers: Servers, tmp_path: Path) -> None:
@@ -153,16 +154,16 @@ def test_servers_that_go_and_come_back_are_waited_out(service: Process, servers:
     client = a_client(served, tmp_path / "spool", "r0")
     record_episode(client)
     servers.garage.kill()
-    until(lambda: served.ask("GET", "/healthz")[0] == 503)
+    wait_until(lambda: served.ask("GET", "/healthz")[0] == 503)
     assert client.sync().failed == 1
     servers.garage.start()
-    until(lambda: client.sync().waiting == 1)
+    wait_until(lambda: client.sync().waiting == 1)
     servers.postgres.kill()
     record_episode(client)
     assert client.sync().failed == 2
-    until(lambda: served.ask("GET", "/healthz")[:2] == (503, {"catalog": False, "store": True}))
+    wait_until(lambda: served.ask("GET", "/healthz")[:2] == (503, {"catalog": False, "store": True}))
     servers.postgres.start()
-    until(lambda: _counts(client) == 2)
+    wait_until(lambda: _counts(client) == 2)
     assert_i7_kept(service.home, [(closed.episode_id, closed.sha256) for closed in client.spool.pending()])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from invariants import Plane, assert_i7_kept, open_plane
 from recording import record_episode
+from waiting import wait_until
 
 from infra.catalog.schema import outbox
 from infra.edge.client import EdgeClient
@@ -176,9 +176,9 @@ def test_a_full_spool_discards_the_open_attempt_and_says_so(tmp_path: Path, serv
 def test_the_background_thread_sends_while_the_robot_records(client: EdgeClient, server: Server) -> None:
     client.start()
     ids = [record_episode(client) for _ in range(3)]
-    _until(lambda: len(server.submitted) == 3)
+    wait_until(lambda: len(server.submitted) == 3)
     server.states.update(dict.fromkeys(ids, "snapshot"))
-    _until(lambda: client.spool.pending() == [])
+    wait_until(lambda: client.spool.pending() == [])
     client.stop()
     assert server.submitted == ids
 
@@ -203,7 +203,7 @@ def test_a_robot_killed_while_sending_loses_and_repeats_nothing(tmp_path: Path, 
     plane: Plane = open_plane(tmp_path)
     process = multiprocessing.get_context("spawn").Process(target=_send_forever, args=(tmp_path, tmp_path / "spool"))
     process.start()
-    _until(lambda: len(_committed(plane)) >= after, 30)
+    wait_until(lambda: len(_committed(plane)) >= after)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -221,10 +221,3 @@ def test_a_robot_killed_while_sending_loses_and_repeats_nothing(tmp_path: Path, 
 def _committed(plane: Plane) -> list[tuple[str, str]]:
     with plane.catalog.read() as connection:
         return [(row.episode_id, row.sha256) for row in connection.execute(sa.select(outbox))]
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "did not come about"
-        time.sleep(0.01)

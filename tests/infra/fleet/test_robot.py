@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import sqlalchemy as sa
 from deployment import Deployment
 from invariants import assert_invariants, open_plane
 from serving import Process, Served, serving
+from waiting import wait_until
 
 from infra.catalog import schema
 from infra.edge.server import Upload
@@ -42,13 +42,6 @@ def settings(tmp_path: Path) -> Settings:
 def make(deployment: Deployment, settings: Settings, episodes: int = 2, **fields: object) -> Robot:
     config = RobotConfig(**{"robot_id": "r0", "tasks": ("S1", "S2"), "drain_s": 0.0, "episodes": episodes, **fields})  # type: ignore[arg-type]
     return Robot(config, settings, threading.Event())
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "did not come about"
-        time.sleep(0.05)
 
 
 def test_a_robot_never_imports_torch() -> None:
@@ -177,7 +170,7 @@ def test_a_killed_robot_loses_only_the_unfinished_attempt(deployment: Deployment
     spool = settings.spool_dir / "r0"
     process = spawn_robot(home, config)
     try:
-        until(lambda: _committed(deployment) >= 2 and any((spool / "open").glob("*.log")))
+        wait_until(lambda: _committed(deployment) >= 2 and any((spool / "open").glob("*.log")))
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -185,7 +178,7 @@ def test_a_killed_robot_loses_only_the_unfinished_attempt(deployment: Deployment
     again = spawn_robot(home, config)
     before = _committed(deployment)
     try:
-        until(lambda: _committed(deployment) > before)
+        wait_until(lambda: _committed(deployment) > before)
         again.terminate()
         assert again.wait(60) == 0  # SIGTERM: a clean end at the boundary
     finally:
@@ -255,14 +248,14 @@ def test_a_robot_goes_on_while_its_server_is_away(
         return sum(record.getMessage() == message for record in list(caplog.records))
 
     try:
-        until(lambda: _committed(deployment) >= 1)
+        wait_until(lambda: _committed(deployment) >= 1)
         service.kill()
-        until(lambda: said("offline") == 1)
+        wait_until(lambda: said("offline") == 1)
         before, committed = said("episode"), _committed(deployment)
-        until(lambda: said("episode") > before)  # the policy that it has is good enough
+        wait_until(lambda: said("episode") > before)  # the policy that it has is good enough
         assert _committed(deployment) == committed
         service.start()
-        until(lambda: said("online again") >= 1 and _committed(deployment) > committed)
+        wait_until(lambda: said("online again") >= 1 and _committed(deployment) > committed)
     finally:
         stop.set()
         thread.join(60)

@@ -11,7 +11,8 @@ import pytest
 import sqlalchemy as sa
 import urllib3
 from invariants import assert_i7_kept, in_process
-from serving import Process, until
+from serving import Process
+from waiting import wait_until
 
 from infra.catalog.schema import episodes, outbox
 from infra.crashpoints import registered
@@ -52,7 +53,7 @@ def test_killed_at_a_crash_point_it_has_lost_and_doubled_nothing(service: Proces
     assert client.sync().failed == 2
     assert service.wait() == -9, f"nothing passes the crash point {point}"
     service.start()
-    until(lambda: client.sync().waiting == 2)
+    wait_until(lambda: client.sync().waiting == 2)
     with service.plane.catalog.read() as connection:
         found = {(row.episode_id, row.sha256) for row in connection.execute(sa.select(episodes))}
         assert found == spooled and len(connection.execute(sa.select(outbox)).all()) == 2

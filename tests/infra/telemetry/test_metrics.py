@@ -21,6 +21,7 @@ from infra.catalog import Catalog, schema
 from infra.episode import Episode, encode
 from infra.errors import ConflictError, CorruptDataError
 from infra.objects.directory import DirectoryStore
+from infra.servers.toolchain import free_port
 from infra.settings import load_settings
 from infra.telemetry import instruments, metrics
 from infra.telemetry.catalog_metrics import CatalogMetrics
@@ -195,7 +196,7 @@ def test_without_a_port_nothing_is_served(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("on")
 def test_prometheus_is_led_to_each_process(tmp_path: Path) -> None:
-    settings = load_settings(home=tmp_path, metrics_port=_free_port())
+    settings = load_settings(home=tmp_path, metrics_port=free_port())
     first, second = metrics.serve(settings, "coordinator"), metrics.serve(settings, "relay")
     assert first is not None and second is not None and first.port != second.port
     metrics.LEASE_HELD.set(1)
@@ -212,7 +213,7 @@ def test_prometheus_is_led_to_each_process(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("on")
 def test_a_successor_s_file_stays(tmp_path: Path) -> None:
-    settings = load_settings(home=tmp_path, metrics_port=_free_port())
+    settings = load_settings(home=tmp_path, metrics_port=free_port())
     old, new = metrics.serve(settings, "robot-r0"), metrics.serve(settings, "robot-r0")
     assert old is not None and new is not None
     old.close()
@@ -231,18 +232,10 @@ def test_a_clean_exit_takes_the_file_away(tmp_path: Path) -> None:
         "metrics.serve(load_settings(home=home), 'learner'); print([p.name for p in (home / 'metrics').iterdir()])\n"
         "sys.exit(3)"
     )
-    env = {**os.environ, "LWD_METRICS_PORT": str(_free_port())}
+    env = {**os.environ, "LWD_METRICS_PORT": str(free_port())}
     ended = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "['learner.json']\n", "")
     assert not list((tmp_path / "metrics").iterdir())
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- the catalog's numbers --------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from invariants import (
     KILLED,
+    Plane,
     assert_i1_accounted_once,
     assert_i7_kept,
     assert_invariants,
@@ -199,9 +200,8 @@ def arguments(home: Path, *options: str) -> list[str]:
     return ["--home", str(home), "--check", "test_crashes:check", *options]
 
 
-def wait_for(home: Path, version: int) -> None:
-    snapshots = open_plane(home).snapshots
-    wait_until(lambda: snapshots.latest().version >= version, f"no snapshot {version}")
+def wait_for(plane: Plane, version: int) -> None:
+    wait_until(lambda: plane.snapshots.latest().version >= version, f"no snapshot {version}")
 
 
 @pytest.mark.usefixtures("quick")
@@ -210,17 +210,17 @@ def test_the_coordinator_process_from_start_to_takeover(tmp_path: Path, capfd: p
     plane = open_plane(tmp_path)
     assert in_process(main, arguments(tmp_path), crash="coordinator.started") == KILLED
     plane.submit(example_episode(1))
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # it loads `check` from here
     first = subprocess.Popen([sys.executable, "-m", "infra.coordinator", *arguments(tmp_path)], env=env)
     try:
-        wait_for(tmp_path, 1)
+        wait_for(plane, 1)
         assert in_process(main, arguments(tmp_path)) == LeaseLostError.exit_code
         said = capfd.readouterr().err
         assert f":{first.pid}:" in said and "fix:" in said
         second = start_process(main, arguments(tmp_path, "--standby"))
         first.kill()
         plane.submit(example_episode(2))
-        wait_for(tmp_path, 2)
+        wait_for(plane, 2)
         second.terminate()
         second.join(60)
         assert second.exitcode == 0

@@ -41,7 +41,6 @@ from infra.settings import load_settings
 from lwd_model.ranks import AgreedReader, Ranks
 from tests.lwd_model.rank_processes import result, started, together
 
-HERE = Path(__file__).parent
 LEASE_S = 1.0
 BIG = 400  # steps; an object of more than Garage keeps within its metadata
 
@@ -52,7 +51,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LWD_MICRO_BATCH", "2")
     monkeypatch.setenv("LWD_FETCH_RETRIES", "2")
     monkeypatch.setenv("LWD_S3_TIMEOUT_S", "3")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent / "infra"), str(HERE.parents[1])]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
 
 def episode(number: int) -> Episode:

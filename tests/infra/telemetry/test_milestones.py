@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from invariants import digest, example_episode, open_plane
 from otlp import Collector, collecting
+from waiting import wait_until
 
 from infra.edge.client import EdgeClient
 from infra.edge.framelog import Frame
@@ -27,6 +27,7 @@ from infra.errors import ConflictError, UnavailableError
 from infra.fleet.embedded import EmbeddedServer
 from infra.prefetcher import Cache, Prefetcher
 from infra.reader import SnapshotReader
+from infra.servers.toolchain import free_port
 from infra.settings import load_settings
 from infra.telemetry import instruments, metrics, milestones, tracing
 
@@ -178,30 +179,26 @@ def test_the_words_for_what_became_of_an_upload(outcome: str, known: bool, resul
 
 def test_a_process_shows_itself_from_its_start_to_its_end(tmp_path: Path) -> None:
     """The coordinator, as Prometheus finds and reads it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     plane = open_plane(tmp_path)
     plane.submit(example_episode(1))
-    here = Path(__file__).parent
-    path = f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"
-    env = {**os.environ, "PYTHONPATH": path}
-    env |= {"LWD_METRICS_PORT": str(port), "LWD_POLL_S": "0.02"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # it loads `check` from here
+    env |= {"LWD_METRICS_PORT": str(free_port()), "LWD_POLL_S": "0.02"}
     command = [sys.executable, "-m", "infra.coordinator", "--home", str(tmp_path), "--check", "test_milestones:check"]
     process = subprocess.Popen(command, env=env)
     file = tmp_path / "metrics" / "coordinator.json"
     try:
-        text = ""
-        for _ in range(3000):
-            if file.exists():
-                ((target,),) = [entry["targets"] for entry in json.loads(file.read_text())]
-                with urllib.request.urlopen(f"http://{target}/metrics") as answer:
-                    text = answer.read().decode()
-                if "lwd_coordinator_lease_held 1.0" in text and "lwd_snapshot_version 1.0" in text:
-                    break
+        wait_until(file.exists)
+        ((target,),) = [entry["targets"] for entry in json.loads(file.read_text())]
+
+        def text() -> str:
             assert process.poll() is None
-            time.sleep(0.02)
-        shown = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+            with urllib.request.urlopen(f"http://{target}/metrics") as answer:
+                return str(answer.read().decode())
+
+        wait_until(
+            lambda: {"lwd_coordinator_lease_held 1.0", "lwd_snapshot_version 1.0"} <= {*text().splitlines()}, text
+        )
+        shown = dict(line.rsplit(" ", 1) for line in text().splitlines() if not line.startswith("#"))
         assert shown['lwd_coordinator_episodes_total{result="accepted"}'] == "1.0"
         assert shown["lwd_unaccounted_episodes"] == shown["lwd_consumer_lag_events"] == "0.0"
         assert float(shown["process_resident_memory_bytes"]) > 0

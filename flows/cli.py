@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,21 @@ HOME, PARAMS = default_home(), Path("params.yaml")
 # typer carries its own copy of click, whose UsageError it does not export.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 out = Console(highlight=False)  # answers go to stdout; progress and errors to stderr
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"lwd {installed('lwd')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

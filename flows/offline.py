@@ -44,10 +44,7 @@ def offline(until: str | None = None) -> dict[str, bool]:
     Returns:
         For each stage, whether it ran.
     """
-    names = pipeline.stages()
-    if until is not None:
-        names = names[: names.index(until) + 1]
-    ran = {name: reproduce(name) for name in names}
+    ran = {name: reproduce(name) for name in pipeline.stages(until)}
     for path in sorted(Path("metrics").glob("*.json")):
         rows = [{"metric": k, "value": v} for k, v in flat(json.loads(path.read_text())).items()]
         create_table_artifact(rows, key=f"metrics-{path.stem}", description=f"{path.name} of the offline pipeline")

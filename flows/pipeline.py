@@ -10,11 +10,14 @@ from pathlib import Path
 from infra.errors import ConfigError, LwdError
 
 
-def stages() -> list[str]:
+def stages(until: str | None = None) -> list[str]:
     """Names of the pipeline's stages, in the order in which they depend on each other.
 
+    Args:
+        until: the last one wanted; all of them by default.
+
     Raises:
-        ConfigError: the current folder is no DVC repository or its `dvc.yaml` is not valid.
+        ConfigError: the current folder is no DVC repository, its `dvc.yaml` is not valid, or it has no stage `until`.
     """
     import networkx
     from dvc.exceptions import DvcException
@@ -24,9 +27,15 @@ def stages() -> list[str]:
         with Repo() as repo:
             graph = repo.index.graph
             order = networkx.lexicographical_topological_sort(graph.reverse(), key=lambda stage: stage.addressing)
-            return [stage.addressing for stage in order]
+            names = [stage.addressing for stage in order]
     except DvcException as error:
-        raise ConfigError(f"dvc.yaml: {error}", "run from the repository's root; `dvc repro` says more") from error
+        fix = "run from the root of a git clone (`git init` makes one of an unpacked archive); `dvc repro` says more"
+        raise ConfigError(f"dvc.yaml: {error}", fix) from error
+    if until is None:
+        return names
+    if until not in names:
+        raise ConfigError(f"dvc.yaml has no stage {until!r}", f"name one of: {', '.join(names)}")
+    return names[: names.index(until) + 1]
 
 
 def run(stage: str) -> bool:

@@ -288,12 +288,43 @@ def test_a_full_disk_under_a_deployment_is_named(tiny_disk: Path, lwd) -> None:
     assert str(tiny_disk) in text and "fix:" in text
 
 
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (("demo",), "not inside of a DVC repository"),
+        (("train",), "not inside of a DVC repository"),
+        (("collect",), "not inside of a DVC repository"),
+        (("online", "--params", "mine.yaml"), "mine.yaml not found"),
+        (("evaluate", "--params", "bad.yaml"), "bad.yaml: online.robots"),
+    ],
+)
+def test_what_a_flow_lacks_is_said_before_a_server_starts(workspace: Path, lwd, command, named: str) -> None:
+    raw = yaml.safe_load((workspace / "params.yaml").read_text())
+    raw["online"]["robots"] = -1
+    (workspace / "bad.yaml").write_text(yaml.safe_dump(raw))
+    before = contents(workspace)
+    code, text = lwd(*command)
+    assert code == ConfigError.exit_code
+    assert named in text and "fix:" in text and "starting Prefect" not in text
+    assert contents(workspace) == before
+
+
+def test_a_stage_that_does_not_exist_is_named_with_those_that_do(
+    workspace: Path, lwd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    code, text = lwd("train", "--until", "offlien", "--home", workspace / "home")
+    assert code == ConfigError.exit_code
+    assert "no stage 'offlien'" in text and "demonstrations, sft" in " ".join(text.split())
+    assert not (workspace / "home").exists()
+
+
 def test_a_port_in_use_is_named_before_anything_starts(workspace: Path, lwd) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        code, text = lwd("collect", "--home", workspace / "home", "--port", port)
+        code, text = lwd("evaluate", "--home", workspace / "home", "--port", port)
     assert code == UnavailableError.exit_code
     assert f"port {port}" in text and "--port" in text
     assert not (workspace / "home").exists() and "PREFECT_API_URL" not in os.environ

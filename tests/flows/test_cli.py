@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,10 @@ def test_help_as_a_program_lists_every_command_and_where_to_begin() -> None:
     assert "lwd demo" in done.stdout
     listed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ") and len(line.split()) > 2}
     assert set(COMMANDS) <= listed
+
+
+def test_the_version_is_the_installed_one(lwd) -> None:
+    assert lwd("--version")[:2] == (0, f"lwd {version('lwd')}\n")
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "contracts check", "contracts review"])

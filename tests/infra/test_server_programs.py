@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +14,7 @@ from infra.errors import ConfigError
 from infra.servers import NAMES, Servers, kafka, postgres, servers_folder, write_settings
 from infra.servers.garage import Garage
 from infra.servers.kafka import PARTITIONS, TOPIC, Kafka
-from infra.settings import Settings, load_settings
+from infra.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "infra" / "compose.yaml"
@@ -168,14 +169,16 @@ def test_compose_describes_the_same_set() -> None:
     assert not re.search(r"(?i)(password|secret)\w*: *[\"']?\w", COMPOSE.read_text().partition("\nservices:")[2])
 
 
-def test_composes_ingest_service_speaks_tls_by_settings_that_exist() -> None:
-    lines = COMPOSE.read_text().splitlines()
-    begin = lines.index("  # ingest:")
-    block = [line.replace("  # ", "  ", 1) for line in lines[begin:] if line.startswith("  # ")]
-    service = yaml.safe_load("\n".join(block))["ingest"]
-    names = {name.removeprefix("LWD_").lower() for name in service["environment"]}
-    assert names <= Settings.model_fields.keys()
-    assert {"ingest_cert", "ingest_key", "catalog", "s3_endpoint", "kafka_bootstrap"} <= names
+def test_composes_image_is_of_this_version_and_of_all_that_is_shipped() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ingest = yaml.safe_load(COMPOSE.read_text())["services"]["ingest"]
+    assert ingest["image"] == f"lwd:{project['version']}"
+    recipe = ROOT / "infra" / ingest["build"]["context"] / ingest["build"]["dockerfile"]
+    copied = {word for line in re.findall(r"^COPY (.*)", recipe.read_text(), re.M) for word in line.split()[:-1]}
+    assert {"constraints.txt", "pyproject.toml", project["readme"], *project["license-files"]} < copied
+    assert all((ROOT / name).exists() for name in copied)
+    seen = re.findall(r"^!(.*)", (recipe.parent / "Dockerfile.dockerignore").read_text(), re.M)
+    assert set(seen) == copied, "what the recipe copies is what the builder may see"
 
 
 def script(path: Path, text: str) -> None:

@@ -61,9 +61,11 @@ class EvaluateParams(_Section):
 
 
 class OnlineParams(_Section):
-    robots: int = Field(4, ge=0, description="simulated here; 0 where real ones are enrolled")
+    robots: int = Field(4, ge=0, description="simulated here, in the learning cohort; 0 where real ones are enrolled")
+    production: int = Field(0, ge=0, description="simulated beside them: robots that run the champion")
+    canary: int = Field(0, ge=0, description="simulated beside them: robots that run what is on trial")
     pace: float = Field(1.0, ge=0, description="multiple of real time; 0 is as fast as possible")
-    operator: float = Field(0.5, ge=0, le=1)
+    operator: float = Field(0.5, ge=0, le=1, description="share of the learning cohort's episodes that one attends")
     updates: int = Field(gt=0)
     updates_per_episode: float = Field(gt=0)
     publish_every: int = Field(50, gt=0)

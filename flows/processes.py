@@ -22,6 +22,7 @@ CHECK = "data_contracts.checks:default_check"
 RECONCILE_S = 60.0  # pause between two passes, seconds
 _TOKEN_DAYS = 30.0
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+_PREFIX = {"learning": "r", "production": "p", "canary": "c"}  # of a simulated robot's name, by its cohort
 
 
 def server_specs(home: Path, profile: str) -> list[ProcessSpec]:
@@ -44,17 +45,25 @@ def learner_spec(home: Path, params: Params, params_path: Path) -> ProcessSpec:
 
 
 def robot_specs(plane: Deployment, params: Params) -> list[ProcessSpec]:
-    """The simulated robots; each begins with another task, so that a short run covers all of them."""
+    """The simulated robots; each of a cohort begins with another task, so that a short run covers all of them.
+
+    Operators attend the learning cohort alone: the others show what a policy does by itself.
+    """
     p, settings = params.online, plane.settings
+    cohorts = {"learning": (p.robots, p.operator), "production": (p.production, 0.0), "canary": (p.canary, 0.0)}
     specs = []
-    for number in range(p.robots):
-        tasks = params.tasks[number % len(params.tasks) :] + params.tasks[: number % len(params.tasks)]
-        config = RobotConfig(f"r{number}", tasks, seed=params.seed, operator=p.operator, pace=p.pace, drain_s=30.0)
-        home, env = settings.home, robot_environment()
-        if settings.profile == "fleet":
-            home, env = _robots_home(plane), env | _credentials(plane, config)
-        command = [*robot_command(home, config), "--parent", str(os.getpid())]
-        specs.append(ProcessSpec(f"robot-{config.robot_id}", command, env))
+    for cohort, (robots, operator) in cohorts.items():
+        for number in range(robots):
+            first = number % len(params.tasks)
+            config = RobotConfig(
+                f"{_PREFIX[cohort]}{number}", params.tasks[first:] + params.tasks[:first], seed=params.seed,
+                operator=operator, cohort=cohort, pace=p.pace, drain_s=30.0,
+            )  # fmt: skip
+            home, env = settings.home, robot_environment()
+            if settings.profile == "fleet":
+                home, env = _robots_home(plane), env | _credentials(plane, config)
+            command = [*robot_command(home, config), "--parent", str(os.getpid())]
+            specs.append(ProcessSpec(f"robot-{config.robot_id}", command, env))
     return specs
 
 

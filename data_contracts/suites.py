@@ -279,6 +279,7 @@ def _great_expectations() -> tuple[Any, Any]:
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
     import great_expectations as gx
 
+    logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.ERROR)  # it sets its own
     context = gx.get_context(mode="ephemeral")
     bars: Any = {"globally": False, "metric_calculations": False}
     context.variables.progress_bars = bars

@@ -32,7 +32,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the outputs of a very short offline pipeline."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    fill_workspace(tmp_path)
+    fill_workspace(tmp_path, production=1)
     return tmp_path
 
 
@@ -68,4 +68,11 @@ def test_the_loop_goes_on_when_each_of_its_processes_is_killed(workspace: Path) 
     assert_each_update_counted_once(home)
     with deployment(home) as plane:
         assert plane.unaccounted() == 0
+        with plane.catalog.read() as connection:
+            seen = {robot.robot_id: robot for robot in connection.execute(sa.select(schema.robots))}
+        assert {name: robot.cohort for name, robot in seen.items()} == {
+            "r0": "learning", "r1": "learning", "p0": "production"
+        }  # fmt: skip
+        assert seen["p0"].active_version == plane.registry.alias("champion") == 1 < seen["r0"].active_version
+        assert seen["p0"].episodes > 0
         assert summarise(plane, {}).episodes == summary["episodes"]

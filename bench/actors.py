@@ -113,7 +113,7 @@ class Actor:
             )
         began = time.time()
         closed = self._client.close(done.observations[-1], done.timestamps[-1], done.outcome, done.substep_scores)
-        self._tell(closed, began=began)
+        self._tell(closed, began=began, breach=breach)
         self._closed += 1
         aside = self._count.with_suffix(".tmp")
         aside.write_text(str(self._closed))

@@ -31,6 +31,7 @@ class Verdict:
     spooled: int
     acknowledged: int
     dead_letters: int  # records of the log that were no events
+    breaches: int  # episodes that were made to break the contract
     in_snapshot: int = 0
     quarantined: int = 0
     quarantined_by_stage: dict[str, int] = field(default_factory=dict)
@@ -59,10 +60,13 @@ def check(
         CorruptDataError: the snapshots do not match their chain of digests.
     """
     closed: dict[str, str] = {}
+    breach: dict[str, bool] = {}  # of those whose robot lived to say what it made
     acknowledged: set[str] = set()
     for line in lines:
         if line["op"] == "closed":
             closed[line["id"]] = line["sha256"]
+            if "breach" in line:
+                breach[line["id"]] = line["breach"]
         elif line["op"] in ("sent", "confirmed"):
             acknowledged.add(line["id"])
     with catalog.read() as connection:
@@ -73,7 +77,7 @@ def check(
         dead = int(connection.execute(sa.select(sa.func.count()).select_from(dead_letters)).scalar_one())
     # A robot killed between closing an episode and logging it: the catalog is the witness that there was one.
     claims = {i: row.sha256 for i, row in known.items()} | closed
-    verdict = Verdict(spooled=len(claims), acknowledged=len(acknowledged), dead_letters=dead)
+    verdict = Verdict(len(claims), len(acknowledged), dead, breaches=sum(breach.values()))
     stages: Counter[str] = Counter()
     for identifier, sha256 in claims.items():
         row, refused = known.get(identifier), (identifier, sha256) in held
@@ -85,6 +89,10 @@ def check(
         verdict.quarantined += refused
         if refused:
             stages[held[identifier, sha256]] += 1
+        if accepted and breach.get(identifier):
+            verdict.broken.append(f"contract: episode {identifier} breaks it, and is in the snapshot")
+        if refused and held[identifier, sha256] == "contract" and breach.get(identifier) is False:
+            verdict.broken.append(f"contract: episode {identifier} keeps it, and was refused")
     verdict.quarantined_by_stage = dict(stages)
     verdict.refused_copies = sum((i, sha256) in held and claims.get(i) != sha256 for i, sha256 in held)
     lost = [i for i in acknowledged if i not in known or known[i].sha256 != claims[i]]

@@ -62,7 +62,8 @@ def run(tmp_path: Path) -> Run:
         data = encode(episode)
         sha256 = hashlib.sha256(data).hexdigest()
         ingest.submit("a0", episode.episode_id, data, sha256, len(data))
-        lines.append({"op": "closed", "id": episode.episode_id, "sha256": sha256})
+        lines.append({"op": "closed", "id": episode.episode_id, "sha256": sha256,
+                      "breach": number == 3})  # fmt: skip
         lines.append({"op": "sent", "id": episode.episode_id})
     read = []
     while coordinator.step():
@@ -78,7 +79,7 @@ def test_what_went_well_passes(run: Run) -> None:
     verdict = run.verdict()
     assert verdict.broken == []
     assert (verdict.spooled, verdict.in_snapshot, verdict.quarantined) == (6, 5, 1)
-    assert verdict.quarantined_by_stage == {"contract": 1}
+    assert verdict.quarantined_by_stage == {"contract": 1} and verdict.breaches == 1
     assert (verdict.unaccounted, verdict.duplicates_in_snapshot, verdict.snapshots) == (0, 0, 3)
     assert verdict.objects_read_again == 5
 
@@ -102,6 +103,14 @@ def both(run: Run) -> None:
         row = connection.execute(sa.select(episodes).where(episodes.c.episode_id == run.member)).one()
     values = {name: getattr(row, name) for name in ("episode_id", "sha256", "robot_id", "key")}
     run.execute(quarantine.insert().values(**values, stage="read", reasons=[], created_at=0.0))
+
+
+def claim_a_breach(run: Run) -> None:
+    run.lines[0]["breach"] = True
+
+
+def claim_none(run: Run) -> None:
+    run.lines[6]["breach"] = False
 
 
 def replace_object(run: Run) -> None:
@@ -136,6 +145,8 @@ def stay_behind(run: Run) -> None:
     [
         (forget, "I1: episode f{32} is neither in a snapshot nor in quarantine"),
         (both, "I1: episode .* is both in the snapshot and in quarantine"),
+        (claim_a_breach, "contract: episode .* breaks it, and is in the snapshot"),
+        (claim_none, "contract: episode .* keeps it, and was refused"),
         (lose, "I7: f{32} was acknowledged"),
         (replace_object, "I4: the object of .* has other bytes"),
         (delete_object, "I4, I7: .*"),

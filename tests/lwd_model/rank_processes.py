@@ -17,7 +17,10 @@ import torch.distributed as dist
 
 from lwd_model.ranks import Ranks
 
-_context = get_context("fork")  # importing torch again takes longer than the tests
+# A fork of this process would inherit locks that threads of other tests hold, and a rank could wait for ever. What
+# forks instead has one thread, and has imported once what takes longer than the tests.
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed", "lwd_model.learner"])
 _TOGETHER = timedelta(seconds=120)
 
 Work = Callable[..., Any]

@@ -77,21 +77,23 @@ def check(
         dead = int(connection.execute(sa.select(sa.func.count()).select_from(dead_letters)).scalar_one())
     # A robot killed between closing an episode and logging it: the catalog is the witness that there was one.
     claims = {i: row.sha256 for i, row in known.items()} | closed
-    verdict = Verdict(len(claims), len(acknowledged), dead, breaches=sum(breach.values()))
+    breaches = sum(breach.values())
+    verdict = Verdict(spooled=len(claims), acknowledged=len(acknowledged), dead_letters=dead, breaches=breaches)
     stages: Counter[str] = Counter()
     for identifier, sha256 in claims.items():
-        row, refused = known.get(identifier), (identifier, sha256) in held
+        row, stage = known.get(identifier), held.get((identifier, sha256))
         accepted = identifier in members and row is not None and row.sha256 == sha256
+        refused = stage is not None
         if accepted + refused != 1:
             verdict.unaccounted += 1
             verdict.broken.append(f"I1: episode {identifier} is {_where(accepted, refused)}")
         verdict.in_snapshot += accepted
         verdict.quarantined += refused
         if refused:
-            stages[held[identifier, sha256]] += 1
+            stages[stage] += 1
         if accepted and breach.get(identifier):
             verdict.broken.append(f"contract: episode {identifier} breaks it, and is in the snapshot")
-        if refused and held[identifier, sha256] == "contract" and breach.get(identifier) is False:
+        if stage == "contract" and breach.get(identifier) is False:
             verdict.broken.append(f"contract: episode {identifier} keeps it, and was refused")
     verdict.quarantined_by_stage = dict(stages)
     verdict.refused_copies = sum((i, sha256) in held and claims.get(i) != sha256 for i, sha256 in held)

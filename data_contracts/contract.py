@@ -3,10 +3,15 @@
 A quality entry of type `custom` and engine `lwd` is a rule. Its `implementation` names a check of `rules.PARAMETERS`
 and that check's parameters; `severity` is `block` (quarantine) or `warn` (reported), and its custom property `owner`
 names who answers for it.
+
+What the standard allows and nothing here runs (quality entries in words, in SQL or of other engines, custom properties
+of other tools, further objects) is kept as a `Note` for the stewards' page, and passed over; what looks like a mistyped
+rule or property of ours is refused.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -20,12 +25,17 @@ from open_data_contract_standard.model import DataQuality, OpenDataContractStand
 
 from data_contracts.rules import FIELDS, SEVERITIES, Rule, Severity, nearest, problem
 from infra.errors import ConfigError
+from infra.variables import variable
+from infra.yaml_file import parse_yaml, read_text
 
 FOLDER = Path(__file__).parent / "contracts"
 ENVIRONMENT = "LWD_CONTRACTS"
 SUFFIX = ".odcs.yaml"
 NAMES = ("episode", "transition", "offline_buffer")
 _LOGICAL_TYPES = ("string", "integer", "number", "boolean", "array", "object")
+_QUALITY_TYPES = ("text", "library", "sql", "custom")  # of the standard
+_ENGINE = "lwd"
+_LIKE = 0.75  # two names that are this similar are one, mistyped
 _TASK_KEYS = {"key": str, "instruction": str, "substeps": int, "max_steps": int}
 
 
@@ -41,6 +51,15 @@ class Field:
     description: str
     unit: str = ""
     rows: str = ""
+
+
+@dataclass(frozen=True)
+class Note:
+    """An entry that the standard allows and nothing here runs: where it stands, what it is, and its text."""
+
+    place: str
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ class Contract:
     tasks: Mapping[str, TaskTerms]
     action_dim: int
     observation_dim: int | None
+    notes: tuple[Note, ...] = ()
 
     def rule(self, rule_id: str) -> Rule:
         """The rule of that id; ConfigError naming the nearest one if there is none."""
@@ -90,7 +110,7 @@ def contract_path(name_or_path: str | Path) -> Path:
         return Path(text)
     if text not in NAMES:
         raise ConfigError(f"there is no contract {text!r}", f"use {nearest(text, NAMES)}, or the path of a file")
-    if edited := os.environ.get(ENVIRONMENT):
+    if edited := variable(ENVIRONMENT):
         folder = Path(edited)
         if not folder.is_dir():
             raise ConfigError(f"{ENVIRONMENT}={edited} is not a folder", f"make it, or unset {ENVIRONMENT}")
@@ -139,6 +159,7 @@ def _merge(contract: Contract, other: Contract) -> Contract:
         tasks=contract.tasks,
         action_dim=other.action_dim,
         observation_dim=other.observation_dim,
+        notes=contract.notes + other.notes,
     )
 
 
@@ -147,17 +168,10 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            text = path.read_text(encoding="utf-8")
-            self.root = yaml.compose(text, Loader=yaml.SafeLoader)
-            self.raw = yaml.safe_load(text)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read ({error})", "restore the contract file") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{path}:{mark.line + 1}" if mark else str(path)
-            problem = getattr(error, "problem", None) or "not readable as YAML"
-            raise ConfigError(f"{where} is not YAML: {problem}", "mend the indentation or the quotes there") from error
+        self.notes: list[Note] = []
+        text = read_text(path, "contract", "restore the contract file")
+        self.raw = parse_yaml(path, text, "contract")
+        self.root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(self.raw, dict):
             raise ConfigError(f"{path} is not a contract", "begin with `apiVersion:` and `kind: DataContract`")
 
@@ -187,16 +201,16 @@ class _Reader:
             at = tuple(step for step in first["loc"] if isinstance(step, str | int))
             self.fail(at, f"field {place!r}: {first['msg']}", "write it as the Open Data Contract Standard v3 says")
         self._unknown_fields(self.raw, model, ())
-        for key in ("apiVersion", "kind", "id", "name", "version", "schema", "team"):
+        for key in ("apiVersion", "kind", "id", "name", "version", "schema"):
             if not self.raw.get(key):
                 self.fail((), f"field {key!r} is missing", "copy it from the packaged contract")
         if model.kind != "DataContract" or not str(model.apiVersion).startswith("v3."):
             self.fail(("kind",), f"is {model.kind} {model.apiVersion}", "use kind DataContract, apiVersion v3.1.0")
         if model.name not in NAMES:
             self.fail(("name",), f"unknown contract {model.name!r}", f"use {nearest(str(model.name), NAMES)}")
-        if len(self.raw["schema"]) != 1:
-            self.fail(("schema",), "has more than one object", "keep one object to a contract")
         name = str(model.name)
+        for other in self.raw["schema"][1:]:
+            self.notes.append(Note("schema", "object", str(other.get("name"))))
         custom = self._custom(name)
         fields, rules = self._schema(name)
         if name != "offline_buffer":
@@ -204,7 +218,7 @@ class _Reader:
             if not schema_rules or schema_rules[0].severity != "block":
                 # every other check reads the fields and may only do so when they are of their types
                 self.fail(("schema", 0, "quality"), "no blocking rule has check: schema", "put the schema rule back")
-        team = self.raw["team"]
+        team = self.raw.get("team")
         contract = Contract(
             name=name,
             version=str(model.version),
@@ -216,6 +230,7 @@ class _Reader:
             tasks=self._tasks(custom.get("tasks", [])),
             action_dim=int(custom.get("action_dim", 5)),
             observation_dim=custom.get("observation_dim"),
+            notes=tuple(self.notes),
         )
         if name == "episode" and not contract.tasks:
             self.fail(("customProperties",), "no tasks are agreed on", "list them under the custom property `tasks`")
@@ -239,10 +254,13 @@ class _Reader:
         for index, entry in enumerate(self.raw.get("customProperties") or []):
             key, value = str(entry.get("property")), entry.get("value")
             at = ("customProperties", index, "property")
+            if key in found:
+                self.fail(at, f"the custom property {key!r} stands twice", "keep one of the two")
             if key not in valid:
-                self.fail(
-                    at, f"unknown custom property {key!r}", f"use {nearest(key, valid)}" if valid else "remove it"
-                )
+                if difflib.get_close_matches(key.casefold(), valid, 1, _LIKE):
+                    self.fail(at, f"unknown custom property {key!r}", f"use {nearest(key, valid)}")
+                self.notes.append(Note("customProperties", "custom property", f"{key}: {value}"))
+                continue
             if key.endswith("_dim") and (type(value) is not int or value < 1):
                 self.fail(at, f"{key} is {value!r}", "give a whole number of at least 1")
             if key == "includes":
@@ -284,6 +302,8 @@ class _Reader:
                 self.fail((*at, "logicalType"), f"{label}: no type {kind!r}", f"use {nearest(kind, _LOGICAL_TYPES)}")
             if not entry.get("required") and attribute != "policy_version":
                 self.fail(at, f"{label} is not required, but every episode has it", "write required: true")
+            if attribute in {one.name for one in fields}:
+                self.fail((*at, "name"), f"the column {attribute!r} stands twice", "keep one of the two")
             custom = {one.get("property"): one.get("value") for one in entry.get("customProperties") or []}
             fields.append(
                 Field(
@@ -302,6 +322,19 @@ class _Reader:
             self.fail(("schema", 0, "properties"), f"lacks {', '.join(sorted(missing))}", "put the columns back")
         return tuple(fields), tuple(rules)
 
+    def _is_rule(self, quality: DataQuality, at: tuple[str | int, ...]) -> bool:
+        """Whether an entry is a rule of ours; one that is meant to be, and says so wrongly, is refused."""
+        kind, engine = quality.type or "library", quality.engine or ""
+        if kind not in _QUALITY_TYPES:
+            self.fail((*at, "type"), f"no type {kind!r} of quality", f"use {nearest(kind, _QUALITY_TYPES)}")
+        if kind == "custom" and engine == _ENGINE:
+            return True
+        ours = isinstance(quality.implementation, dict) and "check" in quality.implementation
+        if ours or difflib.get_close_matches(engine.casefold(), [_ENGINE], 1, _LIKE) or engine.casefold() == _ENGINE:
+            fix = f"use type: custom, engine: {_ENGINE}, implementation: {{check: …}}"
+            self.fail(at, f"rule {quality.id or '?'!r} cannot be run: type {kind}, engine {engine!r}", fix)
+        return False
+
     def _rules(self, name: str, field: str | None, entries: list[Any], at: tuple[str | int, ...]) -> list[Rule]:
         rules = []
         for index, entry in enumerate(entries):
@@ -309,8 +342,13 @@ class _Reader:
             quality = DataQuality.model_validate(entry)
             rule_id = quality.id or "?"
             implementation = quality.implementation
-            if quality.type != "custom" or quality.engine != "lwd" or not isinstance(implementation, dict):
-                self.fail(here, f"rule {rule_id!r} cannot be run", "use type: custom, engine: lwd, implementation: {…}")
+            if not self._is_rule(quality, here):
+                kind = quality.type or "library"
+                text = quality.description or quality.query or quality.metric or str(implementation or "")
+                self.notes.append(Note(field or "the object", f"quality entry, type {kind}", text))
+                continue
+            if not isinstance(implementation, dict):
+                self.fail(here, f"rule {rule_id!r} cannot be run", "give implementation: {check: …} and its parameters")
             if not quality.id or not re.fullmatch(r"[a-z0-9-]+", quality.id):
                 self.fail(here, f"rule id {quality.id!r}", "give it an id of lower-case letters, digits and dashes")
             if quality.severity not in SEVERITIES:

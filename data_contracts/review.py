@@ -128,6 +128,7 @@ def _contract(contract: Contract, reports: Sequence[BatchReport]) -> dict[str, A
         "warned": sum(rule["state"] == "warning" for rule in rules),
         "rules": rules,
         "tasks": list(contract.tasks.values()),
+        "notes": contract.notes,
     }
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infra.errors import ConfigError
+from infra.yaml_file import read_yaml
 from lwd_model.evaluation import EpisodeResult
 from lwd_model.statistics import betting_evidence, confidence_sequence, wilson
 
@@ -110,12 +110,7 @@ def read_spec(path: Path, model: type[Spec], default: Path) -> Spec:
         ConfigError: missing, not YAML, or a field is unknown, missing or out of range; names the field and, for a
             typo, the nearest valid name.
     """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"gate {path} not found", f"start from a copy of {default}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"gate {path} is not YAML: {error}", "correct the file at the line named") from error
+    raw = read_yaml(path, "gate", f"start from a copy of {default}")
     try:
         return model.model_validate(raw)
     except ValidationError as error:

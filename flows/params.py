@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.errors import ConfigError
+from infra.yaml_file import read_yaml
 
 
 class _Section(BaseModel):
@@ -97,12 +97,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises:
         ConfigError: the file is missing or not YAML, or a parameter is unknown, missing or out of range.
     """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} not found", "run from the repository's root, or pass --params") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}", "correct the file at the line named") from error
+    raw = read_yaml(path, "parameters", "run from the repository's root, or pass --params")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:

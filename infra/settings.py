@@ -1,24 +1,35 @@
 """Typed settings: one place for every default, validated at start.
 
 What is given in code wins over `LWD_…` variables, these over `.env`, and that over `<home>/settings.yaml`, which holds
-what is of one deployment: profile, servers, their credentials (mode 0600).
+what is of one deployment: profile, servers, their credentials (mode 0600). What protects a deployment (`PROTECTED`) its
+file decides alone: a variable that says otherwise is refused.
 """
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
+from urllib.parse import quote
 
-import yaml
-from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from infra.errors import ConfigError
+from infra.variables import PREFIX, dotenv_variables, require_known, variable
+from infra.yaml_file import read_yaml
 
 MIB = 2**20
 SETTINGS_FILE = "settings.yaml"  # in the home
+PROTECTED = ("approval",)
+"""Settings that only the home's file may give another value than the file's own."""
 
 
 class Settings(BaseSettings):
@@ -27,7 +38,7 @@ class Settings(BaseSettings):
     Everything of one deployment lies below `home`; two homes on one machine never meet.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LWD_", env_file=".env", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
     profile: Literal["local", "fleet"] = "local"
     home: Path = Path("runs/local")
@@ -77,8 +88,12 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """In order of precedence; the file is that of the home which the others name."""
-        file = Path(init_settings().get("home") or default_home()) / SETTINGS_FILE
-        return init_settings, env_settings, dotenv_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
+        file = settings_of(Path(init_settings().get("home") or default_home()))
+        protected = {name: value for name, value in file.items() if name in PROTECTED}
+        return (
+            InitSettingsSource(settings_cls, protected), init_settings, _Environment(settings_cls),
+            _Dotenv(settings_cls), InitSettingsSource(settings_cls, file),
+        )  # fmt: skip
 
     @model_validator(mode="after")
     def _fleet_is_whole(self) -> Settings:
@@ -93,7 +108,9 @@ class Settings(BaseSettings):
 
     @property
     def catalog_url(self) -> str:
-        return self.catalog or f"sqlite:///{(self.home / 'catalog.db').resolve()}"
+        if self.catalog is not None:
+            return self.catalog
+        return f"sqlite:///{quote(str((self.home / 'catalog.db').resolve()))}"  # a path may hold `?`, `#` or `%`
 
     @property
     def objects_dir(self) -> Path:
@@ -122,28 +139,88 @@ class Settings(BaseSettings):
         return self.home / "logs"
 
 
+class _Environment(EnvSettingsSource):
+    """`LWD_…` variables of the environment; a value in JSON must not give a key twice."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        return json.loads(value, object_pairs_hook=_unique)
+
+
+class _Dotenv(_Environment):
+    """The same, of `.env`."""
+
+    def _load_env_vars(self) -> dict[str, str | None]:
+        return {name.lower(): value for name, value in dotenv_variables().items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
 def default_home() -> Path:
     """The home that `LWD_HOME` names, as a variable or in `.env`; `runs/local` otherwise."""
-    named = os.environ.get("LWD_HOME") or dotenv_values(".env").get("LWD_HOME")
-    return Path(named or Settings.model_fields["home"].default)
+    return Path(variable(f"{PREFIX}HOME") or Settings.model_fields["home"].default)
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Settings from the environment, `.env` and `overrides` (which win).
+    """Settings from the environment, `.env`, the home's file and `overrides` (which win).
 
     Raises:
-        ConfigError: a field is unknown or out of range; the message names it.
+        ConfigError: a field is unknown or out of range, or a variable contradicts what the home's file protects; the
+            message names it.
     """
+    require_known(Settings.model_fields)
     try:
-        return Settings(**overrides)  # type: ignore[arg-type]
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{SETTINGS_FILE} of the home is not YAML: {error}", "correct the line named") from error
+        settings = Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "profile"
-        got = f" (got {first.get('input')!r})" if first["loc"] and "secret" not in where else ""
         raise ConfigError(
-            f"setting {where!r}: {first['msg']}{got}",
-            f"correct LWD_{where.upper()}, or its line in .env or in the home's {SETTINGS_FILE}; "
+            f"setting {where!r}: {first['msg']}{_got(first['loc'], first.get('input'))}",
+            f"correct {PREFIX}{where.upper()}, or its line in .env or in the home's {SETTINGS_FILE}; "
             f"known settings: {', '.join(Settings.model_fields)}",
         ) from error
+    except ValueError as error:  # of a source: a value that should be JSON
+        raise ConfigError(f"a setting cannot be read: {error}", f"correct it; {PREFIX}KAFKA_OPTIONS is JSON") from error
+    _require_protected(settings)
+    return settings
+
+
+def settings_of(home: Path) -> dict[str, Any]:
+    """What the home's file says, unchecked; nothing where there is none.
+
+    Raises:
+        ConfigError: it is no YAML mapping of names, or gives one twice.
+    """
+    path = home / SETTINGS_FILE
+    if not path.exists():
+        return {}
+    found = read_yaml(path, "settings", "write it, or name another home")
+    if not isinstance(found, dict | None) or not all(isinstance(name, str) for name in found or ()):
+        raise ConfigError(f"{path} holds no settings", "write them as `name: value`, a line each")
+    return found or {}
+
+
+def _require_protected(settings: Settings) -> None:
+    said = settings_of(settings.home)
+    for name in PROTECTED:
+        given = variable(PREFIX + name.upper())
+        if name not in said or given is None:
+            continue
+        kind: TypeAdapter[object] = TypeAdapter(Settings.model_fields[name].annotation)  # type: ignore[arg-type]
+        if kind.validate_python(given) != getattr(settings, name):
+            raise ConfigError(
+                f"{PREFIX}{name.upper()} contradicts {settings.home / SETTINGS_FILE}, which decides this for everybody",
+                f"unset {PREFIX}{name.upper()}; who may change the deployment changes its file",
+            )
+
+
+def _got(place: tuple[int | str, ...], value: object) -> str:
+    """The value that was given, where it can be no secret: of a number, a switch or a choice."""
+    field = Settings.model_fields.get(str(place[0])) if place else None
+    kind = field.annotation if field is not None else None
+    harmless = kind in (int, float, bool, int | None) or get_origin(kind) is Literal
+    return f" (got {value!r})" if harmless and isinstance(value, str | int | float) and len(str(value)) <= 40 else ""

@@ -20,7 +20,8 @@ from infra.servers.kafka import TOPIC, Kafka
 from infra.servers.postgres import Postgres
 from infra.servers.prefect import Prefect
 from infra.servers.server import Server
-from infra.settings import SETTINGS_FILE
+from infra.settings import SETTINGS_FILE, settings_of
+from infra.variables import variable
 
 T = TypeVar("T")
 NAMES = ("postgres", "garage", "kafka", "prefect")  # in the order in which they are started
@@ -29,7 +30,7 @@ NAMES = ("postgres", "garage", "kafka", "prefect")  # in the order in which they
 def servers_folder() -> Path:
     """Where programs and data are: `LWD_SERVERS_DIR`, or the user's cache folder (for root, one that others can enter:
     PostgreSQL runs as another user)."""
-    if named := os.environ.get("LWD_SERVERS_DIR"):
+    if named := variable("LWD_SERVERS_DIR"):
         return Path(named).resolve()
     if os.geteuid() == 0:
         return Path("/var/cache/lwd/servers")
@@ -85,14 +86,8 @@ def write_settings(home: Path, values: dict[str, Any]) -> Path:
         ConfigError: there is a file which is no YAML mapping.
     """
     home.mkdir(parents=True, exist_ok=True)
-    path = home / SETTINGS_FILE
-    try:
-        known = yaml.safe_load(path.read_text()) if path.exists() else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}", "correct the line named, or move the file away") from error
-    if not isinstance(known, dict | None):
-        raise ConfigError(f"{path} holds no settings", "write one `name: value` a line, or move the file away")
-    write_durably(path, yaml.safe_dump({**(known or {}), **values}, sort_keys=False).encode(), mode=0o600)
+    path, known = home / SETTINGS_FILE, settings_of(home)
+    write_durably(path, yaml.safe_dump({**known, **values}, sort_keys=False).encode(), mode=0o600)
     return path
 
 

@@ -93,7 +93,7 @@ def test_edited_copy_goes_before_the_packaged_one(edited: Path) -> None:
         ("episode", "values: [0, 0.5, 1]", "values: []", "[]", "numbers"),
         ("episode", "required: true", "required: false", "episode_id", "required: true"),
         ("offline_buffer", "check: fraction", "check: range", "range", "fraction"),
-        ("offline_buffer", "domain: robot-learning", "domain: [", "not YAML", "mend"),
+        ("offline_buffer", "domain: robot-learning", "domain: [", "not YAML", "fix the file"),
     ],
 )
 def test_typo_is_refused(edited: Path, file: str, old: str, new: str, problem: str, nearest: str) -> None:
@@ -105,6 +105,80 @@ def test_typo_is_refused(edited: Path, file: str, old: str, new: str, problem: s
     assert problem in caught.value.problem
     assert nearest in caught.value.fix
     assert caught.value.exit_code != 0
+
+
+RULE_TWICE = """        quality:
+          - {id: action-wide, description: d, type: custom, engine: lwd, severity: warn,
+             customProperties: [{property: owner, value: x}], implementation: {check: range, min: -5, max: 5}}
+"""
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(edited: Path) -> None:
+    path = edited / "transition.odcs.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    at = max(i for i, line in enumerate(lines) if line == "        quality:\n")
+    path.write_text("".join([*lines[:at], *RULE_TWICE.splitlines(keepends=True), *lines[at:]]))
+    with pytest.raises(ConfigError, match=rf"transition.odcs.yaml:{at + 4}: the key 'quality' stands twice"):
+        load_contract("episode")
+
+
+@pytest.mark.parametrize(
+    ("before", "entry", "problem"),
+    [
+        ("  - property: includes", "  - {property: includes, value: [transition]}", "'includes' stands twice"),
+        (
+            "      - name: robot_id",
+            "      - {name: robot_id, logicalType: string, required: true}",
+            "'robot_id' stands",
+        ),
+    ],
+)
+def test_an_entry_that_plays_the_part_of_a_key_stands_once(edited: Path, before: str, entry: str, problem: str) -> None:
+    edit(edited / "episode.odcs.yaml", before, f"{entry}\n{before}")
+    with pytest.raises(ConfigError, match=problem):
+        load_contract("episode")
+
+
+@pytest.mark.parametrize(
+    ("under", "entry", "kept"),
+    [
+        ("    quality:", "{type: text, description: Robots are calibrated.}", "Robots are calibrated."),
+        ("    quality:", "{type: sql, query: select 1, mustBe: 1}", "select 1"),
+        ("    quality:", "{metric: nullValues, mustBe: 0}", "nullValues"),
+        ("    quality:", "{type: custom, engine: soda, implementation: 'checks: []'}", "checks: []"),
+        (
+            "customProperties:",
+            "{property: catalogUrl, value: 'https://c.example/1'}",
+            "catalogUrl: https://c.example/1",
+        ),
+    ],
+)
+def test_what_the_standard_allows_and_nothing_here_runs_is_kept(
+    edited: Path, under: str, entry: str, kept: str
+) -> None:
+    rules = load_contract("episode").rules
+    indent = " " * (len(under) - len(under.lstrip()) + 2)
+    edit(edited / "episode.odcs.yaml", f"{under}\n", f"{under}\n{indent}- {entry}\n")
+    contract = load_contract("episode")
+    assert contract.rules == rules
+    assert [note.text for note in contract.notes] == [kept]
+
+
+def test_dates_are_taken_and_a_team_may_be_missing(edited: Path) -> None:
+    path = edited / "episode.odcs.yaml"
+    edit(path, "role: owner,", "role: owner, dateIn: 2026-01-05,")
+    assert load_contract("episode").owner == "data-stewardship"
+    text = path.read_text()
+    path.write_text(text[: text.index("team:")] + text[text.index("customProperties:") :])
+    assert load_contract("episode").owner == ""
+
+
+@pytest.mark.parametrize("new", ["engine: LWD", "engine: lwdd", "engine: soda", "type: library"])
+def test_a_rule_of_ours_that_is_mistyped_is_not_passed_over(edited: Path, new: str) -> None:
+    path = edited / "episode.odcs.yaml"
+    edit(path, "type: custom" if new.startswith("type") else "engine: lwd", new)
+    with pytest.raises(ConfigError, match="cannot be run|engine"):
+        load_contract("episode")
 
 
 def test_message_names_the_line(edited: Path) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from flows.console import bold, out
 from flows.run import run_flow
 from infra.settings import default_home
 
-out = Console(highlight=False)
 HOME = default_home()
 EXIT_CODES = {"SAFE": 0, "CONTINUE": 10, "HARM": 11, "STOP": 12, "ENDED": 12}
 
@@ -76,7 +75,7 @@ def _look(home: Path, gate: Path | None) -> dict[str, Any]:
 
 
 def _show(answer: dict[str, Any]) -> None:
-    out.print(f"[bold]{answer['answer']}[/bold]: policy v{answer['version']} {answer['acted']}".rstrip())
+    out.print(bold(answer["answer"]), f": policy v{answer['version']} {answer['acted']}".rstrip(), sep="")
     for line in answer["reasons"]:
         out.print(f"  {line}")
     if rows := answer["rows"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -11,18 +13,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows.canary_command import canary
-from flows.console import console, say
+from flows.console import bold, console, out, red, say
 from flows.data import app as data
 from flows.keys import app as keys
 from flows.robots import app as robots
 from flows.run import run_flow
 from flows.servers import app as servers
-from infra.errors import ConfigError, LwdError
+from infra.errors import ConfigError
+from infra.process import write_any_text
 from infra.settings import default_home
+from infra.unexpected import explained
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +48,6 @@ Port = Annotated[int | None, typer.Option(help="Port of the Prefect server start
 HOME, PARAMS = default_home(), Path("params.yaml")
 # typer carries its own copy of click, whose UsageError it does not export.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-out = Console(highlight=False)  # answers go to stdout; progress and errors to stderr
 
 
 def _say_version(wanted: bool) -> None:
@@ -142,7 +144,7 @@ def promote(
         "promote", home, port, home=str(home), version=version, gate=str(gate) if gate else None, approver=approver,
         digest=digest, params_path=str(params),
     )  # fmt: skip
-    out.print(f"[bold]{answer['verdict']}[/bold]: v{answer['candidate']} against v{answer['champion']}")
+    out.print(bold(answer["verdict"]), f": v{answer['candidate']} against v{answer['champion']}", sep="")
     raise typer.Exit({"PASS": 0, "CONTINUE": 10, "FAIL": 11}[answer["verdict"]])
 
 
@@ -316,6 +318,7 @@ def robot(
 
 def main() -> None:
     """Entry point: errors that a user can act on are printed with their fix, without a traceback."""
+    write_any_text()
     sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
@@ -325,15 +328,19 @@ def guarded(command: Callable[[], Any]) -> int:
 
     try:
         code = command()
-    except LwdError as error:
-        console.print(f"[red]error:[/red] {error.problem}\n  [bold]fix:[/bold] {error.fix}", soft_wrap=True)
-        return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         say("\nstopped; the same command goes on from here")
         return 130
     except _UsageError as error:
         rich_utils.rich_format_error(error)  # type: ignore[arg-type]
         return ConfigError.exit_code
+    except BrokenPipeError:  # the reader of the answers has seen enough: `lwd policies | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        known = explained(error)
+        console.print(red("error:"), f" {known.problem}\n  ", bold("fix:"), f" {known.fix}", sep="", soft_wrap=True)
+        return known.exit_code
     return code if isinstance(code, int) else 0
 
 

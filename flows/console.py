@@ -1,16 +1,66 @@
-"""What a person sees while work goes on: live bars on a terminal, one line in ten percent elsewhere."""
+"""What a person sees: lines, tables, live bars on a terminal, one line in ten percent elsewhere.
+
+Texts may come from anywhere: a robot's id, a reason, a record of the log. None of them is read as markup, and
+characters that command a terminal are shown, not sent. Emphasis is said in code: `say(bold("PASS"), f" for {name}")`.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+_UNWRAPPED = 10_000  # columns where no person looks: a digest is found by another program on one line
+
+
+class PlainConsole(Console):
+    """A console that takes every string literally."""
+
+    def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
+        super().__init__(stderr=stderr, file=file, highlight=False, markup=False, emoji=False)
+        if not self.is_terminal:
+            self.width = _UNWRAPPED
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options | {"markup": False, "emoji": False})
+
+
+console = PlainConsole(stderr=True)  # progress and errors
+out = PlainConsole()  # answers
+
+
+def visible(text: str) -> str:
+    """The text with its control characters, and those that reorder or hide others, written as escapes."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char)[0] != "C" else ascii(char)[1:-1] for char in text
+    )
+
+
+def bold(text: object) -> Text:
+    """In bold type."""
+    return Text(visible(str(text)), "bold")
+
+
+def green(text: object) -> Text:
+    """As good news."""
+    return Text(visible(str(text)), "green")
+
+
+def yellow(text: object) -> Text:
+    """As a warning."""
+    return Text(visible(str(text)), "yellow")
+
+
+def red(text: object) -> Text:
+    """As an error."""
+    return Text(visible(str(text)), "red")
 
 
 @contextmanager
@@ -19,16 +69,16 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     started = time.monotonic()
     if sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=console) as bars:
-            task = bars.add_task(title, total=total, note="")
-            yield lambda n=1, note="": bars.update(task, advance=n, note=note)
+            task = bars.add_task(visible(title), total=total, note="")
+            yield lambda n=1, note="": bars.update(task, advance=n, note=visible(note))
         return
     done = 0
     shown = -1
@@ -44,6 +94,6 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     yield advance
 
 
-def say(message: str) -> None:
-    """One line for the person who watches."""
-    console.print(message)
+def say(*parts: str | Text) -> None:
+    """One line for the person who watches; its parts follow each other without a space."""
+    console.print(*parts, sep="")

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import sqlalchemy as sa
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from flows.console import out
 from infra.catalog import Catalog
 from infra.catalog.schema import dead_letters as letters
 from infra.catalog.schema import quarantine
@@ -29,7 +29,6 @@ Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, als
 Actor = Annotated[str, typer.Option(help="Who decides; goes into the audit.")]
 HOME = default_home()
 DAY_S = 86_400.0
-out = Console(highlight=False)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 from prefect import flow
 
 from flows import report
-from flows.console import say
+from flows.console import bold, green, say, yellow
 from flows.deployment import Deployment, deployment
 from flows.evaluation import limits_s
 from flows.offline import offline
@@ -50,19 +50,19 @@ def demo(run_dir: str = "runs/demo", params_path: str = "params.yaml") -> dict[s
     started = _started(folder)
     instructions = {key: TASKS[key].instruction for key in params.tasks}
     report.record_run(folder, command="make demo", seeds=[params.seed], title="LWD demo", tasks=instructions)
-    say("[bold]1/5 offline pipeline[/bold] (dvc.yaml)")
+    say(bold("1/5 offline pipeline"), " (dvc.yaml)")
     offline()
     record_offline(folder, params)
-    say("[bold]2/5 gate: the offline policy against SFT[/bold]")
+    say(bold("2/5 gate: the offline policy against SFT"))
     with deployment(home) as plane:
         _, first = introduce(plane)
         _gate(folder, plane, params, first, "offline", "sft")
-    say(f"[bold]3/5 online stage[/bold]: {params.online.robots} robots, one learner, redeployed every "
+    say(bold("3/5 online stage"), f": {params.online.robots} robots, one learner, redeployed every "
         f"{params.online.publish_every} updates")  # fmt: skip
     online(str(home), params_path)
     with deployment(home) as plane:
         last = plane.registry.policies()[0]["version"]
-        say("[bold]4/5 gate: the online policy against the champion[/bold]")
+        say(bold("4/5 gate: the online policy against the champion"))
         results = results_of(plane, params, last, params.evaluate.episodes)
         report.record_evaluation(
             folder,
@@ -74,7 +74,7 @@ def demo(run_dir: str = "runs/demo", params_path: str = "params.yaml") -> dict[s
             limits_s=limits_s(params.tasks),
         )
         _gate(folder, plane, params, last, "online", "champion")
-        say("[bold]5/5 report[/bold]")
+        say(bold("5/5 report"))
         record_online(folder, plane, learning_curve(plane, params, CURVE_POINTS))
         _film(folder, plane, params, results_of(plane, params, last, params.evaluate.episodes), last)
     report.record_run(
@@ -134,7 +134,7 @@ def _film(folder: Path, plane: Deployment, params: Params, after: list[EpisodeRe
             caption = f"{label}: {TASKS[job.task].instruction}, {episode.outcome} after {episode.timestamps[-1]:.1f} s"
             report.record_frames(folder, which, np.asarray(frames), caption, fps=4.0)  # type: ignore[arg-type]
     except UnavailableError as error:
-        say(f"[yellow]no pictures: {error}[/yellow]")
+        say(yellow(f"no pictures: {error}"))
 
 
 def _say_results(document: dict[str, Any], page: Path) -> None:
@@ -143,4 +143,4 @@ def _say_results(document: dict[str, Any], page: Path) -> None:
         say(f"  {name:<8} success {s['mean']:.3f}  [{s['low']:.3f}, {s['high']:.3f}]")
     loop = document["results"].get("loop") or {}
     say(f"  loop: {loop}")
-    say(f"[bold green]done[/bold green] in {document['wall_s'] / 60:.1f} min: open {page.resolve()}")
+    say(green("done"), f" in {document['wall_s'] / 60:.1f} min: open {page.resolve()}")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from flows.console import out
 from infra.errors import ConfigError
 from infra.settings import default_home
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from flows.deployment import Deployment
 
 app = typer.Typer(no_args_is_help=True, help="Keys that sign policies: list, rotate, retire.")
-out = Console(highlight=False)
 Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
 HOME = default_home()
 

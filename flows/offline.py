@@ -10,13 +10,13 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows import pipeline
-from flows.console import say
+from flows.console import bold, say
 
 
 @task(task_run_name="{stage}", retries=1, retry_delay_seconds=2)
 def reproduce(stage: str) -> bool:
     """Reproduce one stage; True where it ran, False where nothing had changed."""
-    say(f"[bold]stage {stage}[/bold]")
+    say(bold(f"stage {stage}"))
     ran = pipeline.run(stage)
     if not ran:
         say("  unchanged: taken from the last run")

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 
-from flows.console import progress, say
+from flows.console import progress, say, yellow
 from flows.deployment import Deployment, deployment, read_json
 from flows.online_learner import STATUS
 from flows.params import Params, load_params
@@ -109,7 +109,7 @@ def _watch(supervisor: Supervisor, lease: Lease, status_file: Path, params: Para
                 _renew(lease)
                 renew_at = time.monotonic() + lease.seconds / 3
             for name in supervisor.poll():
-                say(f"  [yellow]{name} died and is started again[/yellow]")
+                say(yellow(f"  {name} died and is started again"))
             status: dict[str, Any] = read_json(status_file)
             if status:
                 note = f"{status['episodes']} episodes  policy v{status['version'] or '-'}"
@@ -124,7 +124,7 @@ def _renew(lease: Lease) -> None:
     try:
         lease.acquire()
     except UnavailableError as error:
-        say(f"  [yellow]{error.problem}[/yellow]")
+        say(yellow(f"  {error.problem}"))
 
 
 def _drain(supervisor: Supervisor, plane: Deployment, timeout_s: float = 120.0) -> None:
@@ -144,7 +144,7 @@ def audit_snapshot(home: str) -> bool:
     with deployment(Path(home)) as plane:
         report = validate_batch(load_contract("episode"), plane.members())
     for violation in report.violations:
-        say(f"  [yellow]snapshot: {violation.severity}: {violation.rule}: {violation.message}[/yellow]")
+        say(yellow(f"  snapshot: {violation.severity}: {violation.rule}: {violation.message}"))
     return report.success
 
 

@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.canary import Look, start, watch
 from flows.canary_gate import DEFAULT_CANARY, load_canary
-from flows.console import say
+from flows.console import bold, say
 from flows.deployment import deployment
 from flows.gate import load_gate
 from flows.params import load_params
@@ -121,7 +121,7 @@ def _teller() -> Callable[[Look], None]:
         ran = look.decision.evidence["episodes"]
         if ran // 10 != told:
             told = ran // 10
-            say(f"canary v{look.trial.version}: {ran} episodes: [bold]{look.answer}[/bold]; {look.decision.reasons[0]}")
+            say(f"canary v{look.trial.version}: {ran} episodes: ", bold(look.answer), f"; {look.decision.reasons[0]}")
 
     return tell
 

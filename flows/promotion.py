@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.console import say
+from flows.console import bold, green, say
 from flows.deployment import Deployment
 from flows.evaluation import evaluate, read_results, write_results
 from flows.gate import Decision, GateSpec, Verdict, decide, load_gate
@@ -122,7 +122,7 @@ def judge(plane: Deployment, params: Params, candidate: int, spec: GateSpec | No
             results_of(plane, params, candidate, episodes),
             results_of(plane, params, champion, episodes),
         )
-        say(f"gate: v{candidate} against v{champion}, {episodes} episodes a task: [bold]{decision.verdict}[/bold]")
+        say(f"gate: v{candidate} against v{champion}, {episodes} episodes a task: ", bold(decision.verdict))
         if decision.verdict is not Verdict.CONTINUE or episodes >= limit:
             return Judgement(candidate, champion, decision)
         episodes = min(episodes + STEP, limit)
@@ -152,5 +152,5 @@ def act_on(
     card = plane.registry.promote(
         judgement.candidate, evidence, proposer=proposer, approver=approver, approved_sha256=digest, known_failures=weak
     )
-    say(f"[green]policy v{judgement.candidate} is champion[/green] (before: v{judgement.champion})")
+    say(green(f"policy v{judgement.candidate} is champion"), f" (before: v{judgement.champion})")
     return card.as_dict()

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from flows.console import say
+from flows.console import out, say
 from infra.settings import Settings, default_home
 
 if TYPE_CHECKING:
     from infra.service.auth import Tokens
 
 app = typer.Typer(no_args_is_help=True, help="Robots' credentials: enrol, revoke, list.")
-out = Console(highlight=False)
 Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
 Robot = Annotated[str, typer.Argument(help="The robot's name: letters, digits, '-', '_', '.'.")]
 HOME = default_home()

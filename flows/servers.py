@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from flows.console import say
+from flows.console import out, say
 from infra.errors import ConfigError
 from infra.settings import default_home
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:  # the servers' clients take a second to import, which no othe
     from infra.servers.server import Server
 
 app = typer.Typer(no_args_is_help=True, help="Real servers on this machine: Kafka, Garage (S3), PostgreSQL, Prefect.")
-out = Console(highlight=False)
 
 Data = Annotated[Path | None, typer.Option(help="Folder of the servers' data; beside the programs if not given.")]
 Only = Annotated[str | None, typer.Option(help="For example postgres,kafka; all of them if not given.")]

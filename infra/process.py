@@ -6,6 +6,7 @@ import _thread
 import argparse
 import ctypes
 import importlib
+import io
 import json
 import logging
 import os
@@ -18,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infra.errors import ConfigError, LwdError, UnavailableError
+from infra.errors import ConfigError, UnavailableError
+from infra.unexpected import explained
 
 T = TypeVar("T")
 
@@ -73,17 +75,28 @@ def run_process(options: argparse.Namespace, work: Callable[[threading.Event], o
     Args:
         options: from a parser of `process_arguments`.
         work: until the event is set, or until it is done.
-        label: what the line on stderr begins with where `work` raises an LwdError.
+        label: what the line on stderr begins with where `work` raises.
     """
     if options.parent:
         die_with_parent(options.parent)
     stop = stop_on_signal()
+    write_any_text()
     try:
         work(stop)
-    except LwdError as error:
-        print(f"{label}: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        known = explained(error)
+        if known is not error:
+            logging.getLogger(__name__).exception("ended by an unexpected error")
+        print(f"{label}: {known}", file=sys.stderr)
+        return known.exit_code
     return 0
+
+
+def write_any_text() -> None:
+    """Have this process's output take any character: what its encoding lacks is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def redact(text: str) -> str:

@@ -11,7 +11,7 @@ from data_contracts.checks import check_episode
 from data_contracts.contract import load_contract
 from data_contracts.review import write_review
 from data_contracts.suites import validate_batch
-from flows.console import progress, say
+from flows.console import progress, red, say
 from flows.params import Params
 from flows.stages.common import DEMONSTRATIONS, PLAY, QUARANTINE, ROLLOUTS, write_metrics
 from infra.episode import Episode, encode
@@ -49,7 +49,7 @@ def run(params: Params) -> None:
                         }
                     )
                     name = f"{episode.episode_id[:8]} ({episode.source} {episode.task})"
-                    say(f"  [red]refused[/red] {name}: {blocking[0].message}")
+                    say("  ", red("refused"), f" {name}: {blocking[0].message}")
                 else:
                     accepted.append(episode)
                 advance()

@@ -15,7 +15,7 @@ from infra.episode import Episode, decode
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
 from infra.policy.channel import PolicyPublisher, fetch_bundle
-from infra.policy.keys import Signer, create_keys, load_signer
+from infra.policy.keys import SIGNING, Signer, create_keys, load_signer, load_trusted
 from infra.policy.registry import Registry
 from infra.settings import Settings, load_settings
 from infra.snapshots import Snapshots
@@ -33,8 +33,9 @@ class Deployment:
     registry: Registry
 
     def bundle(self, version: int) -> Path:
-        """A published policy's files, fetched from the store for evaluation."""
-        return fetch_bundle(self.objects, self.catalog, version, self.settings.home / "policies" / f"{version:06d}")
+        """A published policy's files, fetched from the store for evaluation and verified as a robot does."""
+        folder = self.settings.home / "policies" / f"{version:06d}"
+        return fetch_bundle(self.objects, self.catalog, load_trusted(self.settings.keys_dir), version, folder)
 
     def unaccounted(self) -> int:
         """Committed episodes that are neither in a snapshot nor in quarantine (invariant I1); 0 once all is settled."""
@@ -83,24 +84,29 @@ def deployment(home: Path) -> Iterator[Deployment]:
     settings.home.mkdir(parents=True, exist_ok=True)
     catalog = open_catalog(settings, migrate=True)
     try:
-        signer = _signer(settings)
+        publish, promote = _signers(settings)
         objects = open_objects(settings)
         yield Deployment(
             settings,
             catalog,
             objects,
             Snapshots(catalog),
-            PolicyPublisher(catalog, objects, signer),
-            Registry(catalog, signer, approval=settings.approval, cards=settings.home / "cards"),
+            PolicyPublisher(catalog, objects, publish),
+            Registry(
+                catalog, promote, approval=settings.approval, cards=settings.home / "cards", keys_dir=settings.keys_dir
+            ),
         )
     finally:
         catalog.close()
 
 
-def _signer(settings: Settings) -> Signer:
-    if any(settings.keys_dir.glob("*")):
-        return load_signer(settings.keys_dir)
-    return create_keys(settings.keys_dir)
+def _signers(settings: Settings) -> tuple[Signer, Signer | None]:
+    """What signs published policies, and what signs promotions; the latter is missing on a machine that only learns."""
+    keys = settings.keys_dir
+    if not any(keys.glob("*")):
+        create_keys(keys)
+    only_learns = (keys / SIGNING["publish"]).exists() and not (keys / SIGNING["promote"]).exists()
+    return load_signer(keys, "publish"), None if only_learns else load_signer(keys)
 
 
 def read_json(path: Path) -> dict[str, object]:

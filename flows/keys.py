@@ -14,6 +14,7 @@ from infra.settings import default_home
 
 if TYPE_CHECKING:
     from flows.deployment import Deployment
+    from infra.policy.keys import Role
 
 app = typer.Typer(no_args_is_help=True, help="Keys that sign policies: list, rotate, retire.")
 Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
@@ -28,11 +29,12 @@ def list_keys(home: Home = HOME) -> None:
 
     with deployment(home) as plane:
         keys = plane.settings.keys_dir
-        roles = {key_at(keys / name): role for name, role in ((NEXT, "signs next"), (SIGNING, "signs"))}
+        states = {key_at(keys / name): "signs next" for name in NEXT.values()}
+        states |= {key_at(keys / name): "signs" for name in SIGNING.values()}
         held = in_use(plane)
-        table = Table("key", "role", "signed")
-        for identity in trusted_ids(keys):
-            table.add_row(identity, roles.get(identity, "trusted"), "; ".join(held.get(identity, [])))
+        table = Table("key", "may", "state", "signed")
+        for identity, role in trusted_ids(keys).items():
+            table.add_row(identity, role, states.get(identity, "trusted"), "; ".join(held.get(identity, [])))
     out.print(table)
 
 
@@ -41,6 +43,9 @@ def rotate(
     stage: Annotated[
         bool, typer.Option("--stage", help="Only make the next key and trust it; bring `keys/trusted` to the robots.")
     ] = False,
+    role: Annotated[
+        str, typer.Option(help="Whose key: `promote`, the deployment's, or `publish`, the learner's.")
+    ] = "promote",
     home: Home = HOME,
 ) -> None:
     """Sign with a new key from now on; the old one stays trusted and nothing is announced again.
@@ -50,12 +55,13 @@ def rotate(
     from flows.deployment import deployment
     from infra.policy.keys import rotate_key, stage_key
 
+    chosen = _role(role)
     with deployment(home) as plane:
         if stage:
-            identity = stage_key(plane.settings.keys_dir)
-            out.print(f"{identity} will sign next and is trusted; bring keys/trusted/{identity}.pub to every robot")
+            identity = stage_key(plane.settings.keys_dir, chosen)
+            out.print(f"{identity} will sign next and is trusted; bring the folder keys/trusted to every robot")
             return
-        old, new = rotate_key(plane.settings.keys_dir)
+        old, new = rotate_key(plane.settings.keys_dir, chosen)
     out.print(f"{new} signs from now on; {old} stays trusted until `lwd keys retire {old}`")
     out.print("restart what publishes (learner, flows): a process that is running goes on with the old key")
 
@@ -73,7 +79,17 @@ def retire(key: Annotated[str, typer.Argument(help="Key id; see `lwd keys list`.
                 "promote policies published since the rotation first, until nothing that robots need is of this key",
             )
         retire_key(plane.settings.keys_dir, key)
-        out.print(f"{key} is trusted no more; remove keys/trusted/{key}.pub on every robot")
+        out.print(f"{key} is trusted no more; remove {key}.pub below keys/trusted on every robot")
+
+
+def _role(name: str) -> Role:
+    from infra.policy.keys import Role
+
+    roles = get_args(Role)
+    if name not in roles:
+        raise ConfigError(f"there is no role {name!r}", f"use one of: {', '.join(roles)}")
+    chosen: Role = name  # type: ignore[assignment]
+    return chosen
 
 
 def in_use(plane: Deployment) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ robots share the machine with the catalog.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,22 @@ import sqlalchemy as sa
 from infra.catalog import Catalog, schema
 from infra.catalog.dialect import now
 from infra.crashpoints import crashpoint
-from infra.errors import ConfigError, UnavailableError
+from infra.errors import ConfigError, UnavailableError, UntrustedPolicyError
 from infra.objects import ObjectStore
 from infra.policy.announcement import Announcement, Kind, base_key, bundle_prefix
-from infra.policy.artifact import ARCHITECTURE, MANIFEST, SIGNATURE, FileEntry, Manifest, file_sha256, seal
+from infra.policy.artifact import (
+    ARCHITECTURE,
+    MANIFEST,
+    SIGNATURE,
+    FileEntry,
+    Manifest,
+    file_sha256,
+    read_signed_manifest,
+    seal,
+    verify,
+)
 from infra.policy.bases import BaseCache
-from infra.policy.keys import Signer
+from infra.policy.keys import Signer, TrustStore
 
 _TRIES = 20
 
@@ -186,29 +197,46 @@ class CatalogPolicySource:
         return self._objects.get(key)
 
 
-def fetch_bundle(objects: ObjectStore, catalog: Catalog, version: int, target: Path) -> Path:
+def fetch_bundle(objects: ObjectStore, catalog: Catalog, trust: TrustStore, version: int, target: Path) -> Path:
     """Copy a published policy's files, its base among them, from the store into the folder `target`, for evaluation.
 
-    Bases are kept in a folder `bases` beside `target`, for the next one.
+    What is evaluated is what robots would run: the bytes are verified as robots verify them, and are those of the
+    manifest that the catalog has on record. Bases are kept in a folder `bases` beside `target`, for the next one.
 
     Raises:
         ConfigError: there is no such version.
-        UntrustedPolicyError: its base is not the one that its manifest names.
+        UntrustedPolicyError: a file is missing or was changed, the manifest is another policy's, or no trusted key
+            signed it.
     """
+    table = schema.policies
     with catalog.read() as connection:
         row = connection.execute(
-            sa.select(schema.policies.c.bundle_key).where(schema.policies.c.version == version)
+            sa.select(table.c.bundle_key, table.c.manifest_sha256).where(table.c.version == version)
         ).first()
     if row is None:
         raise ConfigError(f"there is no policy {version}", "list them with `lwd policies`")
+    bases = BaseCache(target.parent / "bases")
+    try:
+        if verify(target, trust).digest == row.manifest_sha256:
+            return target
+    except (OSError, UntrustedPolicyError):  # not there, or changed on this disk
+        shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest.parse(objects.get(f"{row.bundle_key}/{MANIFEST}"), f"policy {version}")
-    for name in (*manifest.files, SIGNATURE, MANIFEST):
+    for name in (MANIFEST, SIGNATURE):
+        (target / name).write_bytes(objects.get(f"{row.bundle_key}/{name}"))
+    manifest = read_signed_manifest(target, trust)
+    if (manifest.version, manifest.digest) != (version, row.manifest_sha256):
+        raise UntrustedPolicyError(
+            f"the store holds policy {manifest.version} ({manifest.digest[:16]}) where policy {version} "
+            f"({row.manifest_sha256[:16]}) was published",
+            "restore the store's objects of that policy, or publish it again",
+        )
+    for name in manifest.files:
         (target / name).write_bytes(objects.get(f"{row.bundle_key}/{name}"))
     if manifest.base is not None:
-        bases = BaseCache(target.parent / "bases")
         bases.ensure(manifest.base, CatalogPolicySource(catalog, objects))
         bases.link(manifest.base, target)
+    verify(target, trust, known_base=None if manifest.base is None else bases.known(manifest.base))
     return target
 
 

@@ -8,6 +8,7 @@ snapshot that was current then, so that what came after it is told by version an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from infra.catalog.dialect import now, upsert
 from infra.crashpoints import crashpoint
 from infra.errors import ConfigError, UntrustedPolicyError
 from infra.policy.announcement import Kind
+from infra.policy.approval import Approval, evidence_digest, verify_approval
 from infra.policy.card import ModelCard
 from infra.policy.channel import announce
 from infra.policy.keys import Signer
@@ -27,21 +29,51 @@ Alias = Literal["champion", "canary", "previous"]
 _FOLLOWERS = ("production", "canary")  # cohorts that run the champion; `canary` runs a candidate while there is one
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate that waits for a person: what was shown, and against which champion."""
+
+    version: int
+    artifact_sha256: str
+    evidence: dict[str, Any]
+    against: int | None
+    proposer: str
+
+    def approval(self, approver: str = "") -> Approval:
+        """The approval of just this, unsigned."""
+        return Approval(approver, self.version, self.artifact_sha256, evidence_digest(self.evidence), self.against)
+
+
 class Registry:
     """The policies of one deployment.
 
     Args:
         catalog: where they are recorded.
-        signer: signs the announcements.
-        approval: promotion needs an approver other than the proposer, who names the artifact's digest.
+        signer: signs the announcements, with a key that may promote; None on a machine that has none: it can look.
+        approval: promotion needs the signed approval of a person other than the proposer.
         cards: folder for the model cards; None keeps them in the catalog only.
+        keys_dir: where the people are enrolled who may approve.
     """
 
-    def __init__(self, catalog: Catalog, signer: Signer, *, approval: bool = False, cards: Path | None = None) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        signer: Signer | None,
+        *,
+        approval: bool = False,
+        cards: Path | None = None,
+        keys_dir: Path | None = None,
+    ) -> None:
         self._catalog = catalog
         self._signer = signer
         self._approval = approval
         self._cards = cards
+        self._keys_dir = keys_dir
+
+    @property
+    def needs_approval(self) -> bool:
+        """Whether a promotion needs a person's approval."""
+        return self._approval
 
     def alias(self, name: Alias) -> int | None:
         """The version that an alias points at."""
@@ -125,8 +157,8 @@ class Registry:
         evidence: Mapping[str, Any],
         *,
         proposer: str = "gate",
-        approver: str | None = None,
-        approved_sha256: str | None = None,
+        against: int | None = None,
+        approval: Approval | None = None,
         known_failures: Sequence[str] = (),
         on_trial: bool = False,
     ) -> ModelCard:
@@ -135,27 +167,28 @@ class Registry:
         Args:
             version: the candidate.
             evidence: JSON values of the gate's decision; `per_task` goes into the card's table.
-            proposer, approver: who asks and who agrees.
-            approved_sha256: manifest digest that the approver looked at; required where approval is.
+            proposer: who asks.
+            against: the champion that the evidence compares with, if with any: evidence against an earlier one is none.
+            approval: of a person; required where the deployment asks for it.
             known_failures: sentences for the card.
             on_trial: only if it is the policy on trial.
 
         Raises:
-            ConfigError: no such policy, refused, not newer than the champion, no longer on trial, or the approval is
-                missing or the proposer's own.
-            UntrustedPolicyError: the approval was given to another artifact.
+            ConfigError: no such policy, refused, not newer than the champion, no longer on trial, compared with another
+                champion than today's, or the approval is missing or the proposer's own.
+            UntrustedPolicyError: the approval is nobody's, or of another artifact, evidence or champion.
         """
-        self._check_approval(version, proposer, approver, approved_sha256)
         with self._catalog.begin() as connection:
             policy = self._promotable(connection, version)
-            if approved_sha256 is not None and approved_sha256 != policy.manifest_sha256:
-                raise UntrustedPolicyError(
-                    f"policy {version} has digest {policy.manifest_sha256[:16]}…, approved was {approved_sha256[:16]}…",
-                    "look at the policy again and approve the digest that it has",
+            champion = _alias(connection, "champion")
+            if against is not None and against != champion:
+                raise ConfigError(
+                    f"the evidence compares policy {version} with policy {against}; the champion is {champion} now",
+                    "compare it with today's champion: `lwd promote`",
                 )
+            self._check_approval(policy, evidence, champion, proposer, approval)
             if on_trial and _alias(connection, "canary") != version:
                 raise ConfigError(f"policy {version} is not on trial", "its trial was ended; see `lwd policies`")
-            champion = _alias(connection, "champion")
             card = ModelCard(
                 version=version,
                 artifact_sha256=policy.manifest_sha256,
@@ -164,7 +197,7 @@ class Registry:
                 snapshot_digest=_snapshot_digest(connection, policy.snapshot_version),
                 evidence=dict(evidence),
                 proposer=proposer,
-                approver=approver,
+                approver=approval.approver if approval else None,
                 rollback_target=champion,
                 promoted_at=now(connection),
                 known_failures=tuple(known_failures),
@@ -175,13 +208,44 @@ class Registry:
             _point(connection, "champion", version)
             _drop(connection, "canary")
             _set_status(connection, version, "champion")
-            self._record(connection, "promote", policy, champion, {"card": card.as_dict()}, proposer, approver)
+            said = {"card": card.as_dict()} | ({"approval": asdict(approval)} if approval else {})
+            self._record(connection, "promote", policy, champion, said, proposer, card.approver)
             crashpoint("registry.promoted")
             self._announce(connection, _FOLLOWERS, policy, "promote")
         crashpoint("registry.promotion_announced")
         if self._cards is not None:
             card.write(self._cards)
         return card
+
+    def propose(self, version: int, evidence: Mapping[str, Any], *, against: int | None, proposer: str = "gate") -> str:
+        """Record that a candidate may be promoted once a person approves; the evidence's digest. Repeated, it is one.
+
+        Args:
+            against: the champion that the evidence compares with.
+
+        Raises:
+            ConfigError: no such policy, refused, or not newer than the champion.
+        """
+        digest = evidence_digest(evidence)
+        with self._catalog.begin() as connection:
+            policy = self._promotable(connection, version)
+            known = _proposal(connection, version)
+            if known is None or known.approval().evidence_sha256 != digest or known.against != against:
+                self._record(connection, "propose", policy, against, {"evidence": dict(evidence)}, proposer, None)
+        return digest
+
+    def proposal(self, version: int) -> Proposal:
+        """What was proposed of a policy last.
+
+        Raises:
+            ConfigError: nothing was, or it is no candidate any more.
+        """
+        with self._catalog.read() as connection:
+            self._promotable(connection, version)
+            found = _proposal(connection, version)
+        if found is None:
+            raise ConfigError(f"nobody proposed policy {version}", "ask the gate first: `lwd promote`")
+        return found
 
     def refuse(self, version: int, evidence: Mapping[str, Any], *, proposer: str = "gate") -> None:
         """Refuse a candidate for good; canary robots that ran it are sent back to the champion.
@@ -231,14 +295,30 @@ class Registry:
             self._announce(connection, _FOLLOWERS, policy, "rollback")
         return target
 
-    def _check_approval(self, version: int, proposer: str, approver: str | None, approved: str | None) -> None:
-        if approver is not None and approver == proposer:
-            raise ConfigError(f"{proposer} proposed policy {version} and cannot approve it", "ask someone else")
-        if self._approval and (approver is None or approved is None):
-            raise ConfigError(
-                f"policy {version} needs an approver and the digest that was approved",
-                "give --approver and --digest (see `lwd policies`), or set LWD_APPROVAL=false",
-            )
+    def _check_approval(
+        self, policy: Any, evidence: Mapping[str, Any], champion: int | None, proposer: str, approval: Approval | None
+    ) -> None:
+        if approval is None:
+            if self._approval:
+                raise ConfigError(
+                    f"policy {policy.version} needs a person's approval",
+                    f"an enrolled person other than {proposer} runs `lwd approve {policy.version}`",
+                )
+            return
+        if self._keys_dir is None:
+            raise ConfigError("nobody is enrolled who may approve", "enrol a person: `lwd keys enrol-person NAME FILE`")
+        if approval.approver == proposer:
+            raise ConfigError(f"{proposer} proposed policy {policy.version} and cannot approve it", "ask someone else")
+        verify_approval(self._keys_dir, approval)
+        wanted = Approval(
+            approval.approver, policy.version, policy.manifest_sha256, evidence_digest(evidence), champion
+        ).statement()
+        for name, value in approval.statement().items():
+            if value != wanted[name]:
+                raise UntrustedPolicyError(
+                    f"the approval of policy {policy.version} is of {name} {value!s:.16}, it is {wanted[name]!s:.16}",
+                    "look at the policy and its evidence again, and approve what is there now",
+                )
 
     def _promotable(self, connection: sa.Connection, version: int) -> Any:
         policy = _policy(connection, version)
@@ -260,6 +340,10 @@ class Registry:
             self._announce(connection, ("canary",), _policy(connection, champion), "rollback")
 
     def _announce(self, connection: sa.Connection, cohorts: Sequence[str], policy: Any, kind: Kind) -> None:
+        if self._signer is None:
+            raise ConfigError(
+                "this machine has no key that may promote", "decide where the deployment's keys/signing.pem is"
+            )
         for cohort in cohorts:
             if kind == "promote" and cohort == "canary" and _last_announced(connection, cohort) > policy.version:
                 kind = "rollback"  # a newer candidate was on trial there: going back to the champion must be allowed
@@ -294,6 +378,19 @@ class Registry:
                 created_at=now(connection),
             )
         )
+
+
+def _proposal(connection: sa.Connection, version: int) -> Proposal | None:
+    table = schema.promotions
+    row = connection.execute(
+        sa.select(table)
+        .where(table.c.version == version, table.c.decision == "propose")
+        .order_by(table.c.id.desc())
+        .limit(1)
+    ).first()
+    if row is None:
+        return None
+    return Proposal(version, row.artifact_sha256, dict(row.evidence["evidence"]), row.from_version, row.proposer)
 
 
 def _policy(connection: sa.Connection, version: int) -> Any:

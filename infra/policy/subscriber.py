@@ -25,7 +25,7 @@ from infra.files import write_durably
 from infra.policy.announcement import Announcement, bundle_prefix
 from infra.policy.artifact import COHORTS, MANIFEST, SIGNATURE, BaseEntry, Manifest, read_signed_manifest, verify
 from infra.policy.bases import BaseCache
-from infra.policy.keys import TrustStore, canonical_json
+from infra.policy.keys import Role, TrustStore, canonical_json
 
 _KEPT = "the last policy that was good stays in use"
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
@@ -151,7 +151,7 @@ class PolicySubscriber:
         for said in announcements:
             name = f"announcement {said.seq} of policy {said.version} to {said.cohort}"
             try:
-                self._trust.verify(said.statement(), said.signature, name)
+                self._trust.verify(said.statement(), said.signature, name, _needed(said.cohort))
                 if said.cohort != state.cohort:
                     raise UntrustedPolicyError(f"{name} is not for cohort {state.cohort}", _KEPT)
                 if said.seq <= state.seq:
@@ -259,6 +259,11 @@ class PolicySubscriber:
     def _save(self, state: _State) -> None:
         write_durably(self._root / "state.json", canonical_json(asdict(state)))
         self._state = state
+
+
+def _needed(cohort: str) -> Role:
+    """What the key of an announcement must be allowed: the learner speaks to its own cohort alone."""
+    return "publish" if cohort == "learning" else "promote"
 
 
 def _announced(manifest: Manifest, wanted: PolicyRef, bundle: Path) -> Manifest:

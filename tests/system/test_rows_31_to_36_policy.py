@@ -26,6 +26,7 @@ from infra.crashpoints import registered
 from infra.errors import UntrustedPolicyError
 from infra.plane import open_catalog, open_objects
 from infra.policy.announcement import Announcement, base_key
+from infra.policy.approval import create_person_key, enrol_person, load_person_key
 from infra.policy.artifact import BASE, file_sha256, verify
 from infra.policy.channel import CatalogPolicySource, PolicyPublisher
 from infra.policy.keys import create_keys, load_trusted
@@ -358,13 +359,19 @@ def test_the_audit_is_append_only_on_postgresql(channel: Channel, verb: str) -> 
     assert (row["proposer"], row["decision"]) == ("gate", "promote")
 
 
-def test_an_approval_is_another_persons_and_of_this_artifact(channel: Channel) -> None:
+def test_an_approval_is_a_person_s_signature_over_artifact_and_evidence(channel: Channel) -> None:
     channel.publish(None)
-    registry = Registry(channel.catalog, channel.signer, approval=True)
-    digest = registry.policies()[0]["manifest_sha256"]
-    with pytest.raises(UntrustedPolicyError, match="approved was 00000000"):
-        registry.promote(1, {}, proposer="ann", approver="bob", approved_sha256="0" * 64)
+    keys = channel.home / "keys"
+    create_person_key(channel.home / "bob.pem")
+    enrol_person(keys, "bob", channel.home / "bob.pub")
+    bob = load_person_key(channel.home / "bob.pem")
+    registry = Registry(channel.catalog, channel.signer, approval=True, keys_dir=keys)
+    registry.propose(1, {"verdict": "PASS"}, against=None, proposer="gate")
+    proposal = registry.proposal(1)
+    other = replace(proposal, artifact_sha256="0" * 64).approval("bob").signed(bob)
+    with pytest.raises(UntrustedPolicyError, match="artifact_sha256 0000000000000000"):
+        registry.promote(1, proposal.evidence, approval=other)
     assert registry.alias("champion") is None and channel.source.announcements("production", 0) == []
-    registry.promote(1, {}, proposer="ann", approver="bob", approved_sha256=digest)
-    row = registry.history()[0]
-    assert (row["proposer"], row["approver"], row["artifact_sha256"]) == ("ann", "bob", digest)
+    registry.promote(1, proposal.evidence, approval=proposal.approval("bob").signed(bob))
+    row = registry.history()[-1]
+    assert (row["proposer"], row["approver"], row["artifact_sha256"]) == ("gate", "bob", proposal.artifact_sha256)

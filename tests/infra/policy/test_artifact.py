@@ -146,7 +146,7 @@ def test_keys_are_made_once_and_kept_private(tmp_path: Path) -> None:
     first, second = create_keys(tmp_path), create_keys(tmp_path)
     assert first.key_id == second.key_id == load_signer(tmp_path).key_id
     assert (tmp_path / "signing.pem").stat().st_mode & 0o777 == 0o600
-    assert [path.stem for path in (tmp_path / "trusted").iterdir()] == [first.key_id]
+    assert [path.stem for path in (tmp_path / "trusted").glob("*.pub")] == [first.key_id]
 
 
 def test_bad_keys_are_named(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_bad_keys_are_named(tmp_path: Path) -> None:
     (tmp_path / "signing.pem").write_text("nonsense")
     with pytest.raises(ConfigError, match=r"signing\.pem cannot be read"):
         load_signer(tmp_path)
-    (public,) = (tmp_path / "trusted").iterdir()
+    (public,) = (tmp_path / "trusted").glob("*.pub")
     public.rename(public.with_name("0123456789abcdef.pub"))
     with pytest.raises(ConfigError, match="name the file by the key"):
         load_trusted(tmp_path)

@@ -201,7 +201,7 @@ def test_an_evaluation_finds_the_base_in_the_folder(channel: Channel, base: Path
         channel.publish(base=base)
     for version in (1, 2):
         bundle = fetch_bundle(
-            channel.plane.objects, channel.plane.catalog, version, channel.home / "eval" / str(version)
+            channel.plane.objects, channel.plane.catalog, channel.trust, version, channel.home / "eval" / str(version)
         )
         assert verify(bundle, channel.trust).version == version
     assert (channel.home / "eval" / "1" / BASE).samefile(channel.home / "eval" / "2" / BASE)

@@ -261,10 +261,35 @@ def test_publishing_needs_a_whole_bundle(channel: Channel) -> None:
 
 def test_fetching_a_policy_for_evaluation(channel: Channel) -> None:
     channel.publish()
-    bundle = fetch_bundle(channel.plane.objects, channel.plane.catalog, 1, channel.home / "copy")
+    bundle = fetch_bundle(channel.plane.objects, channel.plane.catalog, channel.trust, 1, channel.home / "copy")
     assert verify(bundle, channel.trust).version == 1
     with pytest.raises(ConfigError, match="no policy 7"):
-        fetch_bundle(channel.plane.objects, channel.plane.catalog, 7, channel.home / "copy7")
+        fetch_bundle(channel.plane.objects, channel.plane.catalog, channel.trust, 7, channel.home / "copy7")
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "architecture.json", "manifest.json", "manifest.sig"])
+def test_what_is_evaluated_is_what_was_published(channel: Channel, name: str) -> None:
+    channel.publish()
+    channel.publish()
+    objects, catalog, target = channel.plane.objects, channel.plane.catalog, channel.home / "copy"
+    bundle = fetch_bundle(objects, catalog, channel.trust, 1, target)
+    (bundle / name).write_bytes(b"other bytes")  # the copy of an earlier evaluation is looked at again
+    assert verify(fetch_bundle(objects, catalog, channel.trust, 1, target), channel.trust).version == 1
+    first, second = (row["bundle_key"] for row in reversed(channel.registry.policies()))
+    objects.put(f"{first}/{name}", objects.get(f"{second}/{name}") + b" ")
+    with pytest.raises(UntrustedPolicyError):
+        fetch_bundle(objects, catalog, channel.trust, 1, channel.home / "anew")
+
+
+def test_another_policy_s_whole_bundle_is_not_evaluated(channel: Channel) -> None:
+    channel.publish()
+    channel.publish()
+    objects = channel.plane.objects
+    first, second = (row["bundle_key"] for row in reversed(channel.registry.policies()))
+    for name in ("policy.safetensors", "architecture.json", "manifest.json", "manifest.sig"):
+        objects.put(f"{first}/{name}", objects.get(f"{second}/{name}"))
+    with pytest.raises(UntrustedPolicyError, match="the store holds policy 2"):
+        fetch_bundle(objects, channel.plane.catalog, channel.trust, 1, channel.home / "copy")
 
 
 def _publish(home: Path) -> None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from policies import Channel
 
 from infra.catalog import schema
-from infra.errors import ConfigError, UntrustedPolicyError
+from infra.errors import ConfigError
 from infra.policy.registry import Registry
 
 EVIDENCE = {
@@ -108,28 +108,23 @@ def test_what_cannot_be_promoted(channel: Channel) -> None:
     assert aliases(registry) == (2, None, None)
 
 
-def test_approval_is_another_persons_and_binds_to_the_artifact(channel: Channel) -> None:
-    registry = Registry(channel.plane.catalog, channel.signer, approval=True)
-    digest = next(p["manifest_sha256"] for p in registry.policies() if p["version"] == 1)
-    with pytest.raises(ConfigError, match="needs an approver"):
-        registry.promote(1, EVIDENCE, proposer="ann")
-    with pytest.raises(ConfigError, match="cannot approve it"):
-        registry.promote(1, EVIDENCE, proposer="ann", approver="ann", approved_sha256=digest)
-    with pytest.raises(UntrustedPolicyError, match="approved was 00000000"):
-        registry.promote(1, EVIDENCE, proposer="ann", approver="bob", approved_sha256="0" * 64)
-    assert registry.alias("champion") is None and registry.history() == []
-    card = registry.promote(1, EVIDENCE, proposer="ann", approver="bob", approved_sha256=digest)
-    assert (card.approver, card.artifact_sha256) == ("bob", digest)
+def test_evidence_against_an_earlier_champion_promotes_nothing(channel: Channel) -> None:
+    registry = channel.registry
+    registry.promote(1, EVIDENCE)
+    registry.promote(2, EVIDENCE, against=1)
+    with pytest.raises(ConfigError, match="compares policy 3 with policy 1; the champion is 2"):
+        registry.promote(3, EVIDENCE, against=1)
+    assert registry.alias("champion") == 2
 
 
 def test_a_promotion_leaves_a_card(channel: Channel) -> None:
     channel.registry.promote(1, EVIDENCE)
-    channel.registry.promote(2, EVIDENCE, approver="bob", known_failures=["misses the handle from the left"])
+    channel.registry.promote(2, EVIDENCE, known_failures=["misses the handle from the left"])
     document = json.loads((channel.home / "cards" / "policy-00002.json").read_text())
-    assert (document["version"], document["rollback_target"], document["approver"]) == (2, 1, "bob")
+    assert (document["version"], document["rollback_target"], document["approver"]) == (2, 1, None)
     assert document["evidence"] == EVIDENCE and document["snapshot_version"] == 0
     text = (channel.home / "cards" / "policy-00002.md").read_text()
-    for wanted in ("# Policy 2", "0.9 [0.79, 0.96]", "| S1 |", "rollback target: policy 1", "misses the handle", "bob"):
+    for wanted in ("# Policy 2", "0.9 [0.79, 0.96]", "| S1 |", "rollback target: policy 1", "misses the handle"):
         assert wanted in text
     assert channel.registry.history()[-1]["evidence"] == {"card": document, "at_snapshot": 0}
 

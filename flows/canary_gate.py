@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from flows.gate import EpisodesSpec, Section, read_spec, shown
+from flows.gate import EpisodesSpec, shown
+from flows.spec import Section, read_spec
 from lwd_model.statistics import confidence_sequence, wilson
 
 DEFAULT_CANARY = Path(__file__).parent / "gates" / "canary.yaml"
@@ -114,7 +115,7 @@ class Evidence:
 
 
 def load_canary(path: Path = DEFAULT_CANARY) -> CanarySpec:
-    """Read and validate a canary's file; raises as `flows.gate.read_spec`."""
+    """Read and validate a canary's file; raises as `flows.spec.read_spec`."""
     return read_spec(path, CanarySpec, DEFAULT_CANARY)
 
 

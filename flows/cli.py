@@ -133,19 +133,36 @@ def evaluate(
 def promote(
     version: Annotated[int | None, typer.Argument(help="Candidate; the newest if not given.")] = None,
     gate: Annotated[Path | None, typer.Option(help="Gate file; `flows/gates/default.yaml` if not given.")] = None,
-    approver: Annotated[str | None, typer.Option(help="Who approves, where approval is required.")] = None,
-    digest: Annotated[str | None, typer.Option(help="Manifest digest that was approved; see `lwd policies`.")] = None,
     home: Home = HOME,
     params: ParamsFile = PARAMS,
     port: Port = None,
 ) -> None:
     """Ask the gate; promote on PASS. Exit code 0 on PASS, 10 on CONTINUE, 11 on FAIL."""
     answer = run_flow(
-        "promote", home, port, home=str(home), version=version, gate=str(gate) if gate else None, approver=approver,
-        digest=digest, params_path=str(params),
+        "promote", home, port, home=str(home), version=version, gate=str(gate) if gate else None,
+        params_path=str(params),
     )  # fmt: skip
     out.print(bold(answer["verdict"]), f": v{answer['candidate']} against v{answer['champion']}", sep="")
     raise typer.Exit({"PASS": 0, "CONTINUE": 10, "FAIL": 11}[answer["verdict"]])
+
+
+@app.command()
+def approve(
+    version: Annotated[int, typer.Argument(help="The candidate that the gate proposed.")],
+    approver: Annotated[str, typer.Option("--as", help="Your name, as it is enrolled: `lwd keys people`.")],
+    key: Annotated[Path, typer.Option(help="The file of your private key.")],
+    home: Home = HOME,
+) -> None:
+    """Approve a proposed candidate with your signature, and promote it. Shows the evidence that you sign."""
+    from flows.deployment import deployment
+    from flows.promotion import approve as sign
+
+    with deployment(home) as plane:
+        proposal = plane.registry.proposal(version)
+        out.print(f"policy v{version} against v{proposal.against}, manifest {proposal.artifact_sha256}")
+        for reason in proposal.evidence.get("reasons", []):
+            out.print(f"  {reason}")
+        sign(plane, version, approver, key)
 
 
 @app.command()

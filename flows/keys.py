@@ -82,6 +82,41 @@ def retire(key: Annotated[str, typer.Argument(help="Key id; see `lwd keys list`.
         out.print(f"{key} is trusted no more; remove {key}.pub below keys/trusted on every robot")
 
 
+@app.command("new-person")
+def new_person(
+    key: Annotated[Path, typer.Argument(help="Where your private key goes; the public one beside it.")],
+) -> None:
+    """Make a key of your own, to approve promotions with. Keep the private half to yourself, outside the deployment."""
+    from infra.policy.approval import create_person_key
+
+    out.print(f"{create_person_key(key)}: give {key.with_suffix('.pub')} to who administers the deployment")
+
+
+@app.command("enrol-person")
+def enrol_person(
+    name: Annotated[str, typer.Argument(help="The person's name: letters, digits, '-', '_', '.'.")],
+    public_key: Annotated[Path, typer.Argument(help="The file of that person's public key.")],
+    home: Home = HOME,
+) -> None:
+    """Let a person approve promotions of this deployment."""
+    from infra.policy.approval import enrol_person as enrol
+    from infra.settings import load_settings
+
+    out.print(f"{name} may approve, with the key {enrol(load_settings(home=home).keys_dir, name, public_key)}")
+
+
+@app.command("people")
+def list_people(home: Home = HOME) -> None:
+    """List who may approve promotions."""
+    from infra.policy.approval import people
+    from infra.settings import load_settings
+
+    table = Table("name", "key")
+    for name, identity in people(load_settings(home=home).keys_dir).items():
+        table.add_row(name, identity)
+    out.print(table)
+
+
 def _role(name: str) -> Role:
     from infra.policy.keys import Role
 

@@ -50,8 +50,6 @@ def promote(
     home: str = "runs/local",
     version: int | None = None,
     gate: str | None = None,
-    approver: str | None = None,
-    digest: str | None = None,
     params_path: str = "params.yaml",
 ) -> dict[str, Any]:
     """Ask the gate about a candidate; promote it on PASS, refuse it on FAIL, leave it on CONTINUE.
@@ -59,13 +57,14 @@ def promote(
     Args:
         version: the newest candidate unless given.
         gate: a gate file; the default one unless given.
-        approver, digest: who approves which manifest digest, where the deployment asks for approval.
+
+    Where the deployment asks for a person's approval, PASS proposes it: `lwd approve`.
     """
     params = load_params(Path(params_path))
     spec = load_gate(Path(gate)) if gate else load_gate()
     with deployment(Path(home)) as plane:
         judgement = judge(plane, params, version or newest_candidate(plane), spec)
-        card = act_on(plane, judgement, approver=approver, digest=digest)
+        card = act_on(plane, judgement)
     decision = judgement.decision
     create_markdown_artifact(
         f"# {decision.verdict}: v{judgement.candidate} against v{judgement.champion}\n\n"

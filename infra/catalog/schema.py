@@ -116,6 +116,7 @@ snapshot_episodes = Table(
     Column("steps", Integer, nullable=False),
     Column("interventions", Integer, nullable=False),  # steps with an operator in control
     Column("warnings", JSON, nullable=False),  # [{rule, severity, message}] of severity warn
+    Column("safety", JSON),  # {kind: count} of the robot's shield; null where there was no event
     CheckConstraint("removed is null or removed > added", name="order"),
 )
 
@@ -229,6 +230,36 @@ promotions = Table(  # append-only: the database refuses updates and deletes
     Column("artifact_sha256", String(64), nullable=False, server_default=""),  # what an approval binds to
     Column("created_at", Double, nullable=False),
     sqlite_autoincrement=True,
+)
+
+trials = Table(  # comparisons of a candidate with the champion, in the order in which they began: the stream
+    "trials",
+    metadata,
+    Column("id", Sequence64, primary_key=True, autoincrement=True),
+    Column("kind", String(16), nullable=False),  # gate: in evaluation | canary: at work
+    Column("candidate", Integer, ForeignKey("policies.version"), nullable=False),
+    Column("champion", Integer, ForeignKey("policies.version"), nullable=False),
+    Column("reference", Integer, ForeignKey("policies.version"), nullable=False),
+    Column("conditions_sha256", String(64), nullable=False),  # of all that a result depends on
+    Column("conditions", JSON, nullable=False),
+    Column("spec", JSON, nullable=False),  # the gate's thresholds when the trial began
+    Column("position", Integer, nullable=False),  # t in the stream, from 1
+    Column("level", Double, nullable=False),  # alpha_t
+    Column("seed", BigInteger, nullable=False),  # of the start states, drawn when the trial began
+    Column("verdict", String(16), nullable=False, server_default=""),  # PASS or FAIL, once given
+    Column("created_at", Double, nullable=False),
+    UniqueConstraint("kind", "candidate", "champion", "reference", "conditions_sha256"),
+    UniqueConstraint("position"),
+)
+
+trial_episodes = Table(  # each counts once
+    "trial_episodes",
+    metadata,
+    Column("trial", Sequence64, ForeignKey("trials.id"), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("task", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True),  # of the start state
+    Column("result", JSON, nullable=False),
 )
 
 robot_tokens = Table(  # what a robot shows to the ingest service; the token itself is nowhere

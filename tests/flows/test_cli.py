@@ -108,7 +108,7 @@ def test_rollback_makes_the_previous_champion_champion_again(lwd, tmp_path: Path
     first, second = home.publish(seed=0), home.publish(seed=1)
     with deployment(tmp_path) as plane:
         for version in (first, second):
-            plane.registry.promote(version, {"verdict": "PASS", "reasons": []}, proposer="test", approver=None)
+            plane.registry.promote(version, {"verdict": "PASS", "reasons": []}, proposer="test")
     code, _, messages = lwd("rollback", "--home", tmp_path, "--reason", "drops the cube", "--actor", "ann")
     assert code == 0 and f"v{first} is champion again" in messages
     with deployment(tmp_path) as plane:

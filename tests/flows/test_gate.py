@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "policy"))
-from policies import make_bundle
-
 from bench.gate import simulate
-from flows.deployment import deployment
-from flows.evaluation import write_results
-from flows.gate import DEFAULT_GATE, GateSpec, Verdict, decide, load_gate, trace, verdicts
-from flows.params import load_params
-from flows.promotion import evaluation_file, judge
+from flows.gate import DEFAULT_GATE, GateSpec, Verdict, decide, episodes_at, level_at, load_gate, trace, verdicts
 from infra.errors import ConfigError
 from lwd_model.evaluation import EpisodeResult
 
@@ -202,24 +194,34 @@ def test_bad_gate_files_are_named(tmp_path: Path, edit: object, named: str) -> N
     assert named in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("gate_max", "verdict", "asked"), [(None, "FAIL", 200), (60, "CONTINUE", 60), (500, "FAIL", 200)]
-)
-def test_the_gates_own_maximum_ends_the_asking(
-    spec: GateSpec, tmp_path: Path, gate_max: int | None, verdict: str, asked: int
-) -> None:
-    """An undecided candidate is asked about up to the file's `episodes.max`, where the answer is FAIL."""
-    params = load_params(Path(__file__).parents[2] / "params.yaml")
-    assert params.evaluate.gate_max is None  # the repository leaves it to the gate's file
-    params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"gate_max": gate_max})})
-    with deployment(tmp_path) as plane:
-        for version in (1, 2):
-            plane.publisher.publish(make_bundle(tmp_path / "export", version), cohort=None)
-            write_results(evaluation_file(plane, version), episodes(0.7, 200, version))  # known: nothing is run
-        plane.registry.promote(1, {})
-        judgement = judge(plane, params, 2, spec)
-    assert judgement.decision.verdict == verdict
-    assert judgement.decision.evidence["episodes_per_task"] == asked
+def test_the_levels_of_a_stream_never_spend_more_than_alpha(spec: GateSpec) -> None:
+    levels = [level_at(spec, position, 0) for position in range(1, 20_001)]
+    assert all(a > b > 0 for a, b in itertools.pairwise(levels))
+    assert sum(levels) < spec.alpha
+    assert level_at(spec, 7, 2) == pytest.approx(3 * level_at(spec, 7, 0))  # each promotion earns some back
+    assert level_at(spec, 1, 10**6) == spec.alpha
+
+
+def test_a_stricter_level_asks_for_more_evidence_and_gives_more_episodes(spec: GateSpec) -> None:
+    strict = level_at(spec, 50, 0)
+    assert episodes_at(spec, spec.alpha) == spec.episodes
+    longer = episodes_at(spec, strict)
+    assert longer.planned == pytest.approx(spec.episodes.planned * np.log(strict) / np.log(spec.alpha), abs=1)
+    candidate, champion = episodes(0.84, 50, 1), episodes(0.60, 50, 2)
+    assert decide(spec, candidate, champion).verdict is Verdict.PASS
+    held = decide(spec, candidate, champion, level=1e-12)
+    assert held.verdict is Verdict.CONTINUE and "not yet shown better" in held.reasons[-1]
+
+
+def test_a_candidate_is_held_to_the_reference_in_each_task(spec: GateSpec) -> None:
+    """Better than a champion that had declined is not good enough."""
+    candidate, champion, best = episodes(0.75, 60, 1), episodes(0.45, 60, 2), episodes(0.75, 60, 3)
+    assert decide(spec, candidate, champion, reference=best).verdict is Verdict.PASS
+    best = episodes({"S1": 0.85, "S2": 0.7, "S3": 0.7, "S4": 0.7}, 60, 3)
+    held = decide(spec, candidate, champion, reference=best)
+    assert held.verdict is Verdict.CONTINUE and held.reasons[0].startswith("S1: looks worse than the reference")
+    worse = decide(spec, episodes(0.5, 60, 1), episodes(0.2, 60, 2), reference=episodes(0.95, 60, 3))
+    assert worse.verdict is Verdict.FAIL and "shown worse than the reference" in worse.reasons[0]
 
 
 def test_missing_or_broken_gate_file(tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""Trials in evaluation: candidate, champion and reference run the same start states, drawn once the candidate is fixed.
+
+A trial is a row of the catalog with its own seed, its place in the stream of candidates and the level that goes with
+it; its episodes are rows as well. Interrupted or asked again it goes on: an episode counts once, and no second draw is
+made. Episodes that anything else ran never decide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import sqlalchemy as sa
+
+from flows.deployment import Deployment
+from flows.evaluation import run_episodes, world
+from flows.gate import GateSpec, level_at
+from flows.params import Params
+from infra.catalog import schema
+from infra.catalog.dialect import insert_if_absent, now
+from infra.errors import ConfigError
+from lwd_model.evaluation import EpisodeResult
+
+ROUND = 10  # episodes a task and policy between two questions to the gate
+Kind = Literal["gate", "canary"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A comparison under way.
+
+    Attributes:
+        candidate, champion, reference: versions; the reference may be the champion.
+        position, level: its place in the stream, from 1, and the level that goes with it.
+        seed: of its start states.
+        spec: the thresholds that held when it began.
+    """
+
+    id: int
+    kind: Kind
+    candidate: int
+    champion: int
+    reference: int
+    position: int
+    level: float
+    seed: int
+    spec: GateSpec
+    verdict: str
+
+    @property
+    def arms(self) -> tuple[int, ...]:
+        """The policies that run, each once."""
+        return tuple(dict.fromkeys((self.candidate, self.champion, self.reference)))
+
+
+def reference_of(plane: Deployment) -> int:
+    """The fixed reference: the best champion so far.
+
+    It is the last policy that became champion by a trial which showed it better than the champion before it, or else
+    the first champion. A champion that was rolled back is none, and a promotion without such a trial moves nothing.
+
+    Raises:
+        ConfigError: there is no champion.
+    """
+    champion = plane.registry.alias("champion")
+    if champion is None:
+        raise ConfigError("there is no champion to compare with", "introduce the pipeline's policies: `lwd online`")
+    with plane.catalog.read() as connection:
+        table, policies = schema.trials, schema.policies
+        shown = sa.select(table.c.candidate).where(table.c.verdict == "PASS")
+        standing = connection.execute(
+            sa.select(policies.c.version)
+            .where(policies.c.status.in_(("champion", "retired")), policies.c.version.in_(shown))
+            .order_by(policies.c.version.desc())
+            .limit(1)
+        ).scalar()
+        first = connection.execute(
+            sa.select(schema.promotions.c.version)
+            .where(schema.promotions.c.decision == "promote")
+            .order_by(schema.promotions.c.id)
+            .limit(1)
+        ).scalar()
+    return int(standing if standing is not None else first if first is not None else champion)
+
+
+def open_trial(plane: Deployment, params: Params, candidate: int, spec: GateSpec, kind: Kind = "gate") -> Trial:
+    """The trial of a candidate against today's champion and reference: the one under way, or a new one.
+
+    Raises:
+        ConfigError: there is no champion, or no such candidate.
+    """
+    champion, reference = plane.registry.alias("champion"), reference_of(plane)
+    if champion is None:  # of the type alone: reference_of has refused it
+        raise ConfigError("there is no champion to compare with", "introduce the pipeline's policies: `lwd online`")
+    digests = {row["version"]: row["manifest_sha256"] for row in plane.registry.policies()}
+    if candidate not in digests:
+        raise ConfigError(f"there is no policy {candidate}", "list them with `lwd policies`")
+    said = {"policies": [digests[version] for version in (candidate, champion, reference)]} | world(params.tasks)
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    table = schema.trials
+    key = {"kind": kind, "candidate": candidate, "champion": champion, "reference": reference}
+    mine = sa.select(table).where(
+        *(table.c[name] == value for name, value in key.items()), table.c.conditions_sha256 == digest
+    )
+    with plane.catalog.begin() as connection:
+        row = connection.execute(mine).first()
+        if row is None:
+            last = connection.execute(sa.select(sa.func.max(table.c.position))).scalar() or 0
+            passed = sa.select(sa.func.count()).select_from(table).where(table.c.verdict == "PASS")
+            level = level_at(spec, last + 1, connection.execute(passed).scalar_one())
+            values = key | {
+                "conditions_sha256": digest, "conditions": said, "spec": spec.model_dump(), "position": last + 1,
+                "level": level, "seed": secrets.randbits(48), "created_at": now(connection),
+            }  # fmt: skip
+            connection.execute(table.insert().values(values))
+            row = connection.execute(mine).one()
+    return Trial(
+        row.id, kind, candidate, champion, reference, row.position, row.level, row.seed,
+        GateSpec.model_validate(row.spec), row.verdict,
+    )  # fmt: skip
+
+
+def results(plane: Deployment, trial: Trial, version: int) -> list[EpisodeResult]:
+    """The episodes of one of the trial's policies, so far."""
+    table = schema.trial_episodes
+    query = sa.select(table.c.result).where(table.c.trial == trial.id, table.c.version == version)
+    with plane.catalog.read() as connection:
+        found = [EpisodeResult.from_dict(raw) for raw in connection.execute(query).scalars()]
+    return sorted(found, key=lambda r: (r.task, r.seed))
+
+
+def run_round(plane: Deployment, params: Params, trial: Trial, episodes: int) -> None:
+    """Bring each policy of the trial to `episodes` start states a task; they take turns in an order drawn anew."""
+    order = np.random.default_rng([trial.seed, episodes]).permutation(trial.arms)
+    for version in (int(v) for v in order):
+        have = {(r.task, r.seed) for r in results(plane, trial, version)}
+        missing = [(task, n) for task in params.tasks for n in range(episodes) if (task, n) not in have]
+        if not missing:
+            continue
+        title = f"v{version} ({_role(trial, version)})"
+        ran = run_episodes(plane.bundle(version), missing, trial.seed, workers=params.workers, title=title)
+        with plane.catalog.begin() as connection:
+            for result in ran:
+                values = {
+                    "trial": trial.id, "version": version, "task": result.task, "number": result.seed,
+                    "result": result.as_dict(),
+                }  # fmt: skip
+                insert_if_absent(connection, schema.trial_episodes, values)
+
+
+def close_trial(plane: Deployment, trial: Trial, verdict: str) -> None:
+    """Record the answer, once: a PASS counts in the levels of the trials to come."""
+    table = schema.trials
+    with plane.catalog.begin() as connection:
+        connection.execute(table.update().where(table.c.id == trial.id, table.c.verdict == "").values(verdict=verdict))
+
+
+def _role(trial: Trial, version: int) -> str:
+    names = (("candidate", trial.candidate), ("champion", trial.champion), ("reference", trial.reference))
+    return next(name for name, which in names if which == version)

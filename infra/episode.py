@@ -7,7 +7,7 @@ digests. Tars are streamed, never extracted, and read strictly (`infra.strict`):
 members and bytes, so that reading one takes no more memory than a few times its own size.
 
 A robot's bytes go through `decode`, and what it returns has arrays of their dtypes and ranks and metadata that every
-database holds. Whether the values make sense is the data contract's matter. The caps on what a robot may say stand here.
+database holds. Whether the values make sense is the data contract's matter. The caps on what a robot may say are here.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def write_samples(episodes: Iterable[Episode], stream: IO[bytes]) -> None:
             meta = json.dumps(episode.meta(), sort_keys=True, allow_nan=False).encode()
             if len(meta) > MAX_META_BYTES:
                 raise CorruptDataError(
-                    f"episode {episode.episode_id}: its metadata has {len(meta)} bytes, over the cap of {MAX_META_BYTES}",
+                    f"episode {episode.episode_id}: {len(meta)} bytes of metadata, over the cap of {MAX_META_BYTES}",
                     "keep less in `extra`; large data belongs into an array",
                 )
             _add(tar, f"{episode.episode_id}.meta.json", meta)

@@ -1,9 +1,9 @@
 """Readers of bytes that somebody else made: USTAR, npy and JSON, each in the one form that LWD writes.
 
 A general reader accepts what nobody here needs, and each such thing has been an attack: extension headers of a tar
-(CVE-2024-6232: quadratic time in Python's reader before 3.11.10), literals in the header of an npy file, duplicate keys and
-numbers without end in JSON. What is not of the form is refused before it is parsed. Time and memory are linear in the
-bytes read.
+(CVE-2024-6232: quadratic time in Python's reader before 3.11.10), literals in the header of an npy file, duplicate keys
+and numbers without end in JSON. What is not of the form is refused before it is parsed. Time and memory are linear in
+the bytes read.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def read_json(payload: bytes) -> dict[str, Any]:
     """The JSON object, of values that every database and every reader can hold.
 
     Raises:
-        MalformedError: not JSON, no object, a key twice, a number beyond 64 bits or not finite, a NUL character or half of a
-            surrogate pair, or more than 32 levels.
+        MalformedError: not JSON, no object, a key twice, a number beyond 64 bits or not finite, a NUL character or half
+            of a surrogate pair, or more than 32 levels.
     """
     try:
         value = json.loads(

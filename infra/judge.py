@@ -64,7 +64,7 @@ def reason(rule: object, severity: object, message: object) -> Reason:
 
 
 def reasons_of(violations: Iterable[Violation]) -> list[Reason]:
-    """The reasons, at most `MAX_REASONS`, of more than those the ones that refuse first; the last one counts the rest."""
+    """The reasons, at most `MAX_REASONS`: of more than that, those that refuse first, and a count of the rest."""
     found = [(v.rule, v.severity, v.message) for v in violations]
     if len(found) > MAX_REASONS:
         found.sort(key=lambda one: one[1] == "warn")

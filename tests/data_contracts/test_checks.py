@@ -66,7 +66,7 @@ BAD: dict[str, tuple[str, Callable[[Episode], dict[str, Any]], str]] = {
     ),
     "time of the robot's start": ("timestamp-starts-at-zero", lambda e: {"timestamps": e.timestamps + 100}, "100"),
     "time before the start": ("timestamp-starts-at-zero", lambda e: {"timestamps": e.timestamps - 5}, "-5"),
-    "an attempt of days": ("timestamp-range", lambda e: {"timestamps": e.timestamps * 1e6}, "above"),
+    "an attempt of days": ("timestamp-range", lambda e: {"timestamps": e.timestamps * 1e6}, "outside"),
     "a sensor that hangs": (
         "observation-changes",
         lambda e: {"observations": np.ascontiguousarray(np.broadcast_to(e.observations[0], (13, 86)))},

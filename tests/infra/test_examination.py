@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from invariants import Plane, assert_invariants, digest, example_episode, open_plane
-from test_coordinator import Violation, coordinator, drain, held, members
+from test_coordinator import coordinator, drain, held, members
 
-from infra.episode import Episode, encode
+from infra.episode import encode
 from infra.errors import ConfigError, UnavailableError
 from infra.examination import OwnProcess
-
-
-def check(episode: Episode) -> Sequence[Violation]:
-    """The last digit of an episode's id says what its examination does to the process."""
-    what = int(episode.episode_id, 16) % 8
-    if what == 1:
-        while True:
-            time.sleep(1)
-    if what == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == 3:
-        np.ones(2**33)
-    if what == 4:
-        (marker := Path(episode.task)).exists() or (marker.touch(), os._exit(7))
-    if what == 5:
-        return [Violation("odd", "warn", str(os.getpid()))]
-    if what == 6:
-        raise ZeroDivisionError("in the check")
-    return []
-
-
-def batch_check(episodes: Sequence[Episode]) -> dict[str, list[Violation]]:
-    """Ends the process where episode 7 is among them."""
-    if any(int(episode.episode_id, 16) == 7 for episode in episodes):
-        os._exit(9)
-    return {episodes[0].episode_id: [Violation("first", "block", "of them")]}
 
 
 @pytest.fixture
@@ -53,7 +25,7 @@ def plane(tmp_path: Path) -> Plane:
 
 @pytest.fixture
 def own() -> Iterator[OwnProcess]:
-    process = OwnProcess("test_examination:check", seconds=2.0, memory_mib=512)
+    process = OwnProcess("harmful_checks:check", seconds=2.0, memory_mib=512)
     yield process
     process.close()
 
@@ -86,7 +58,7 @@ def test_one_death_is_not_the_episodes_fault_and_one_process_serves_many(
 
 
 def test_the_batch_check_too_refuses_only_whom_it_does_not_survive(plane: Plane) -> None:
-    own = OwnProcess("test_examination:check", "test_examination:batch_check", seconds=5.0)
+    own = OwnProcess("harmful_checks:check", "harmful_checks:batch_check", seconds=5.0)
     try:
         for number in (0, 7, 8, 5):
             plane.submit(example_episode(number))
@@ -106,7 +78,7 @@ def test_a_process_that_does_not_start_refuses_no_episode(
     plane: Plane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plane.submit(example_episode(8))
-    own = OwnProcess("test_examination:check")
+    own = OwnProcess("harmful_checks:check")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     worker = coordinator(plane, own)  # type: ignore[arg-type]
     with pytest.raises(UnavailableError, match="does not start"):
@@ -134,7 +106,7 @@ def test_the_process_ends_with_a_coordinator_that_is_killed(plane: Plane) -> Non
         "--home",
         str(plane.home),
         "--check",
-        "test_examination:check",
+        "harmful_checks:check",
     ]
     parent = subprocess.Popen(command, env=env)
     try:

@@ -89,31 +89,12 @@ def fuzz(examples: int) -> Callable[..., Any]:
 
 shapes = st.lists(st.integers(0, 3), max_size=5).map(tuple)
 dtypes = st.sampled_from(
-    [
-        "<f4",
-        ">f4",
-        "<f8",
-        ">f8",
-        "<f2",
-        "|b1",
-        "|i1",
-        "<i4",
-        ">i8",
-        "<u8",
-        "<c8",
-        "<U3",
-        "|S2",
-        "<M8[s]",
-        "|O",
-        "<f4,<i2",
-    ]
+    ["<f4", ">f4", "<f8", ">f8", "<f2", "|b1", "|i1", "<i4", ">i8", "<u8", "<c8", "<U3", "|S2", "<M8[s]", "|O"]
 )
 
 
-@fuzz(3000)
-@given(
-    name=st.sampled_from(ARRAYS), shape=shapes, dtype=dtypes, order=st.sampled_from("CF"), fill=st.sampled_from([0, 1])
-)
+@fuzz(4000)
+@given(name=st.sampled_from(ARRAYS), shape=shapes, dtype=dtypes, order=st.sampled_from("CF"), fill=st.integers(0, 1))
 def test_arrays_of_every_rank_dtype_and_order(
     database: sa.Connection, name: str, shape: tuple[int, ...], dtype: str, order: Any, fill: int
 ) -> None:
@@ -136,17 +117,14 @@ texts = st.text(st.characters(), max_size=6) | st.sampled_from(["\x00", "\ud800"
 numbers = st.sampled_from([0, -1, 2**31, 2**40, 2**63, 10**400, 1.5, -0.0, 1e300, float("nan"), float("inf")])
 leaves = st.none() | st.booleans() | numbers | texts
 values = st.recursive(
-    leaves, lambda below: st.lists(below, max_size=3) | st.dictionaries(texts, below, max_size=3), max_leaves=6
+    leaves, lambda below: st.lists(below, max_size=3) | st.dictionaries(texts, below, max_size=3), max_leaves=4
 )
 
 
-@fuzz(4500)
-@given(
-    changes=st.dictionaries(st.sampled_from([*META, "another"]), values, max_size=3),
-    without=st.sampled_from([*META, ""]),
-)
-def test_metadata_of_every_json_type(database: sa.Connection, changes: dict[str, Any], without: str) -> None:
-    meta = {name: value for name, value in (META | changes).items() if name != without or name in changes}
+@fuzz(3000)
+@given(field=st.sampled_from([*META, "another"]), value=values, without=st.sampled_from([*META, "", "", ""]))
+def test_metadata_of_every_json_type(database: sa.Connection, field: str, value: Any, without: str) -> None:
+    meta = {name: one for name, one in (META | {field: value}).items() if name != without}
     holds(database, hostile.with_raw_meta(EPISODE, json.dumps(meta).encode()))
 
 
@@ -204,7 +182,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "a zero-dimensional array": (lambda: hostile.with_array(EPISODE, "actions", np.float32(1)), "0 dimensions"),
     "one dimension more": (lambda: hostile.with_array(EPISODE, "rewards", np.zeros((4, 1), np.float32)), "2 dim"),
     "big-endian": (lambda: hostile.with_array(EPISODE, "actions", EPISODE.actions.astype(">f4")), ">f4"),
-    "objects": (lambda: hostile.with_array(EPISODE, "actions", np.array([{}], object)), "numpy.save writes for"),
+    "objects": (lambda: hostile.with_array(EPISODE, "actions", np.array([{}], object)), "not a number"),
     "a structure": (lambda: hostile.with_array(EPISODE, "actions", np.zeros(3, "<f4,<i2")), "numpy.save writes for"),
     "a shape of terabytes": (
         lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 5), }\n"), "0 bytes are not",
@@ -227,7 +205,8 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 5), }\n", version=b"\x03\x00"), "1.0",
     ),
     "bytes behind the array": (
-        lambda: hostile.packed(EPISODE.episode_id, PARTS | {"rewards.npy": PARTS["rewards.npy"] + b"x"}), "bytes are not",
+        lambda: hostile.packed(EPISODE.episode_id, PARTS | {"rewards.npy": PARTS["rewards.npy"] + b"x"}),
+        "bytes are not",
     ),
     "deep metadata": (lambda: meta_text('"extra": {}', f'"extra": {{"a": {DEEP.decode()}}}'), "metadata"),
     "metadata of 40 levels": (
@@ -267,7 +246,8 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "megabytes of zeros at the end": (lambda: encode(EPISODE) + bytes(10**6), "record of zeros"),
     "no end": (lambda: encode(EPISODE).rstrip(b"\0"), "truncated|unexpected end"),
     "an unknown member": (
-        lambda: hostile.packed(EPISODE.episode_id, PARTS | {"camera.npy": PARTS["actions.npy"]}), "none of an episode's",
+        lambda: hostile.packed(EPISODE.episode_id, PARTS | {"camera.npy": PARTS["actions.npy"]}),
+        "none of an episode's",
     ),
 }  # fmt: skip
 

@@ -36,9 +36,18 @@ def tar(members: Iterable[tuple[bytes, bytes]], end: bytes = bytes(1024)) -> byt
     return b"".join(head + payload + bytes(-len(payload) % 512) for head, payload in members) + end
 
 
+_parts: dict[str, dict[str, bytes]] = {}  # by id: thousands of cases change one episode
+
+
 def parts(episode: Episode) -> dict[str, bytes]:
     """The payload of each member of the episode's object, by suffix."""
-    with tarfile.open(fileobj=io.BytesIO(encode(episode))) as archive:
+    if episode.episode_id not in _parts:
+        _parts[episode.episode_id] = _read(encode(episode))
+    return _parts[episode.episode_id]
+
+
+def _read(data: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         return {info.name.partition(".")[2]: archive.extractfile(info).read() for info in archive}  # type: ignore[union-attr]
 
 

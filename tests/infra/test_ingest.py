@@ -184,6 +184,7 @@ def test_what_was_never_refused_cannot_be_released(plane: Plane) -> None:
         ("schema_version", 10**5000), ("trace_id", "a\x00b"), ("trace_id", "\ud800"), ("trace_id", "x" * 65),
         ("trace_id", 7), ("colour", "red"), (7, 1),
     ],
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_a_claim_of_odd_values_is_refused_with_a_short_message(field: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from data_contracts.contract import Contract, Field, load_contract
 from data_contracts.rules import Rule, Severity
-from infra.episode import Episode
+from infra.episode import MAX_REASON_CHARS, Episode
+from infra.errors import named, shown
 
 Check = Callable[[Rule, Contract, Episode], str | None]
 
@@ -49,6 +50,7 @@ def check_episode(contract: Contract, episode: Episode) -> list[Violation]:
         return violations
     for rule in contract.rules:
         if rule.check not in _BATCH_ONLY and (message := CHECKS[rule.check](rule, contract, episode)) is not None:
+            message = shown(message, MAX_REASON_CHARS)
             violations.append(Violation(rule.id, rule.severity, message, rule.owner, rule.field))
     return violations
 
@@ -119,8 +121,10 @@ def _schema(contract: Contract, episode: Episode) -> Iterable[Violation]:
 
 
 def bounds(rule: Rule) -> tuple[float | None, float | None]:
-    """Lowest and highest value of a `range` or `period` rule, tolerance included; None where there is no bound."""
+    """Lowest and highest value of a `range`, `period` or `starts_at_zero` rule, tolerance included; None: no bound."""
     given = rule.parameters
+    if rule.check == "starts_at_zero":
+        return -given.get("tolerance", 0), given.get("tolerance", 0)
     if rule.check == "period":
         return given["nominal"] - given["tolerance"], given["nominal"] + given["tolerance"]
     tolerance = given.get("tolerance", 0)
@@ -138,6 +142,11 @@ def mean_period(episode: Episode) -> float:
     """Seconds a step took on average over the episode."""
     with np.errstate(invalid="ignore"):
         return float((episode.timestamps[-1] - episode.timestamps[0]) / episode.steps)
+
+
+def changes(values: npt.NDArray[Any]) -> bool:
+    """Whether any row differs from the first; NaN differs from all, and is the `finite` rules' matter."""
+    return bool((values != values[0]).any())
 
 
 def _values(rule: Rule, episode: Episode) -> npt.NDArray[Any] | None:
@@ -184,7 +193,7 @@ def _range(rule: Rule, contract: Contract, episode: Episode) -> str | None:
 def _allowed(rule: Rule, contract: Contract, episode: Episode) -> str | None:
     value, allowed = getattr(episode, str(rule.field)), rule.parameters["values"]
     if isinstance(value, str | None):
-        return None if value is None or value in allowed else f"{rule.field} is {value!r}, not one of {allowed}"
+        return None if value is None or value in allowed else f"{rule.field} is {named(value)}, not one of {allowed}"
     values = np.asarray(value, np.float64)
     bad = ~np.isin(values, allowed) & ~np.isnan(values)
     return f"{_where(rule.field, bad, values)} is not one of {allowed}" if bad.any() else None
@@ -194,7 +203,7 @@ def _pattern(rule: Rule, contract: Contract, episode: Episode) -> str | None:
     value, pattern = getattr(episode, str(rule.field)), rule.parameters["pattern"]
     if value is None or re.search(pattern, value):
         return None
-    return f"{rule.field} {value[:80]!r} does not match {pattern}"
+    return f"{rule.field} {named(value)} does not match {pattern}"
 
 
 def _increasing(rule: Rule, contract: Contract, episode: Episode) -> str | None:
@@ -203,6 +212,18 @@ def _increasing(rule: Rule, contract: Contract, episode: Episode) -> str | None:
         return None
     at = int(np.argmax(bad))
     return f"{rule.field} goes from {episode.timestamps[at]:.6g} to {episode.timestamps[at + 1]:.6g} s at step {at}"
+
+
+def _starts_at_zero(rule: Rule, contract: Contract, episode: Episode) -> str | None:
+    low, high = bounds(rule)
+    assert low is not None and high is not None  # it has both
+    first = float(getattr(episode, str(rule.field))[0])
+    return f"{rule.field}[0] = {first:.6g} is {outside(low, high)}" if first < low or first > high else None
+
+
+def _changes(rule: Rule, contract: Contract, episode: Episode) -> str | None:
+    values = getattr(episode, str(rule.field))
+    return None if changes(values) else f"all {len(values)} rows of {rule.field} are the same"
 
 
 def _period(rule: Rule, contract: Contract, episode: Episode) -> str | None:
@@ -231,9 +252,9 @@ def _intervention_by_source(rule: Rule, contract: Contract, episode: Episode) ->
 def _instruction_of_task(rule: Rule, contract: Contract, episode: Episode) -> str | None:
     terms = contract.tasks.get(episode.task)
     if terms is None:
-        return f"task {episode.task!r} is unknown; the contract has {', '.join(contract.tasks)}"
+        return f"task {named(episode.task)} is unknown; the contract has {', '.join(contract.tasks)}"
     if episode.instruction != terms.instruction:
-        return f"instruction {episode.instruction!r} is not task {episode.task}'s {terms.instruction!r}"
+        return f"instruction {named(episode.instruction)} is not task {episode.task}'s {terms.instruction!r}"
     return None
 
 
@@ -255,14 +276,14 @@ def _outcome_by_source(rule: Rule, contract: Contract, episode: Episode) -> str 
     outcomes = rule.parameters["outcomes"].get(episode.source)
     if outcomes is None or episode.outcome in outcomes:
         return None
-    return f"an episode of source {episode.source} ended in {episode.outcome!r}, not in {' or '.join(outcomes)}"
+    return f"an episode of source {episode.source} ended in {named(episode.outcome)}, not in {' or '.join(outcomes)}"
 
 
 def _outcome_reward(rule: Rule, contract: Contract, episode: Episode) -> str | None:
     last = float(episode.rewards[-1])
     if np.isnan(last) or (last == 1) == (episode.outcome == "success"):
         return None
-    return f"the outcome is {episode.outcome!r} and the last reward {last:g}"
+    return f"the outcome is {named(episode.outcome)} and the last reward {last:g}"
 
 
 def _policy_version_by_source(rule: Rule, contract: Contract, episode: Episode) -> str | None:
@@ -280,6 +301,8 @@ CHECKS: dict[str, Check] = {
     "allowed": _allowed,
     "pattern": _pattern,
     "increasing": _increasing,
+    "starts_at_zero": _starts_at_zero,
+    "changes": _changes,
     "period": _period,
     "reward_at_end": _reward_at_end,
     "intervention_by_source": _intervention_by_source,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_contracts.checks import control_periods, mean_period, shapes
+from data_contracts.checks import changes, control_periods, mean_period, shapes
 from data_contracts.contract import Contract
 from infra.episode import Episode
 
@@ -42,6 +42,7 @@ EPISODE_COLUMNS = (
     "episode_id", "robot_id", "task", "instruction", "source", "outcome", "policy_version", "started_at",
     "schema_version", "started_at_not_finite", "instruction_wanted", "steps", "max_steps", "substeps",
     "substeps_wanted", "interventions", "last_reward", "mean_period",
+    "timestamps_first", "observations_changes", "actions_changes",
 )  # fmt: skip
 _ARRAYS = ("observations", "actions", "rewards", "timestamps")
 STEP_COLUMNS = (
@@ -75,7 +76,8 @@ def frames(contract: Contract, episodes: Sequence[Episode]) -> Frames:
 
 _FLOATS = (
     "started_at", "schema_version", "started_at_not_finite", "steps", "max_steps", "substeps", "substeps_wanted",
-    "interventions", "last_reward", "mean_period", "policy_version",
+    "interventions", "last_reward", "mean_period", "policy_version", "timestamps_first",
+    "observations_changes", "actions_changes",
 )  # fmt: skip
 
 
@@ -96,6 +98,9 @@ def _episode_row(contract: Contract, episode: Episode) -> dict[str, Any]:
         "interventions": int(episode.intervention.sum()),
         "last_reward": float(episode.rewards[-1]),
         "mean_period": mean_period(episode),
+        "timestamps_first": float(episode.timestamps[0]),
+        "observations_changes": int(changes(episode.observations)),
+        "actions_changes": int(changes(episode.actions)),
     }
 
 

@@ -15,8 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data_contracts.contract import Contract
 from data_contracts.rules import Rule
 from data_contracts.suites import BatchReport
+from infra.errors import shown
 
 SHOWN = 500  # quarantined episodes on the page; the rest are counted
+SHOWN_REASONS = 20  # of one episode, and rules in the table of reasons
+SHOWN_CHARS = 300  # of one text that came with an episode
 _SIGNS = {"min": "≥", "max": "≤"}
 
 
@@ -42,9 +45,9 @@ def write_review(
         The path. The page needs no network, no scripts and no other file.
     """
     path = Path(path)
-    rows = sorted(quarantined, key=lambda row: -float(row.get("at") or 0))
+    rows = sorted(quarantined, key=lambda row: -_seconds(row.get("at")))
     owners = {rule.id: rule.owner for contract in contracts for rule in contract.rules}
-    reasons = Counter(str(reason["rule"]) for row in rows for reason in row["reasons"])
+    reasons = Counter(_text(reason["rule"]) for row in rows for reason in row["reasons"])
     most = max(reasons.values(), default=1)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -59,7 +62,8 @@ def write_review(
         checked=max((report.n for report in reports), default=0),
         blocking=sum(v.severity == "block" for report in reports for v in report.violations),
         warnings=sum(v.severity == "warn" for report in reports for v in report.violations),
-        reasons=[(rule, owners.get(rule, ""), n, 100 * n / most) for rule, n in reasons.most_common()],
+        reasons=[(rule, owners.get(rule, ""), n, 100 * n / most) for rule, n in reasons.most_common(SHOWN_REASONS)],
+        other_reasons=max(0, len(reasons) - SHOWN_REASONS),
         quarantined=[_episode(row, owners) for row in rows[:SHOWN]],
         refused=len(rows),
         hidden=max(0, len(rows) - SHOWN),
@@ -69,6 +73,15 @@ def write_review(
     aside.write_text(page, encoding="utf-8")
     os.replace(aside, path)
     return path
+
+
+def _text(value: object) -> str:
+    return shown(str(value), SHOWN_CHARS)
+
+
+def _seconds(value: object) -> float:
+    """A time that a calendar has; 0 for any other."""
+    return float(value) if isinstance(value, int | float) and 0 < value < 1e11 else 0.0
 
 
 def _when(seconds: float) -> str:
@@ -111,7 +124,7 @@ def _contract(contract: Contract, reports: Sequence[BatchReport]) -> dict[str, A
                 "severity": rule.severity,
                 "owner": rule.owner,
                 "state": state,
-                "message": broken.message if broken else "",
+                "message": _text(broken.message) if broken else "",
             }
         )
     # what needs attention stands first; otherwise the contract's order
@@ -134,15 +147,16 @@ def _contract(contract: Contract, reports: Sequence[BatchReport]) -> dict[str, A
 
 def _episode(row: Mapping[str, Any], owners: Mapping[str, str]) -> dict[str, Any]:
     return {
-        **{key: str(row.get(key) or "–") for key in ("episode_id", "task", "source", "robot_id")},
-        "at": _when(float(row["at"])) if row.get("at") else "–",
+        **{key: _text(row.get(key) or "–") for key in ("episode_id", "task", "source", "robot_id")},
+        "at": _when(at) if (at := _seconds(row.get("at"))) else "–",
         "reasons": [
             {
-                "rule": str(reason["rule"]),
-                "severity": str(reason.get("severity", "block")),
-                "message": str(reason["message"]),
-                "owner": str(reason.get("owner") or owners.get(str(reason["rule"]), "")),
+                "rule": _text(reason["rule"]),
+                "severity": _text(reason.get("severity", "block")),
+                "message": _text(reason["message"]),
+                "owner": _text(reason.get("owner") or owners.get(str(reason["rule"]), "")),
             }
-            for reason in row["reasons"]
+            for reason in row["reasons"][:SHOWN_REASONS]
         ],
+        "more": max(0, len(row["reasons"]) - SHOWN_REASONS),
     }

@@ -40,6 +40,8 @@ PARAMETERS: dict[str, tuple[str, dict[str, tuple[Any, bool]]]] = {
     "allowed": ("field", {"values": (_list, True)}),
     "pattern": ("field", {"pattern": (_text, True)}),
     "increasing": ("field", {}),
+    "starts_at_zero": ("field", {"tolerance": (_number, False)}),
+    "changes": ("field", {}),
     "period": ("field", {"of": (_text, True), "nominal": (_number, True), "tolerance": (_number, True)}),
     "reward_at_end": ("field", {}),
     "intervention_by_source": ("object", {"never": (_list, True)}),
@@ -66,6 +68,8 @@ _FITTING_KINDS = {
     "allowed": {"text", "whole number", "scores", "rewards"},
     "pattern": {"text"},
     "increasing": {"times"},
+    "starts_at_zero": {"times"},
+    "changes": {"vectors"},
     "period": {"times"},
     "reward_at_end": {"rewards"},
 }

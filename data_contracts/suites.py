@@ -239,6 +239,11 @@ def _expected(rule: Rule) -> Iterable[_Expected]:
         )
     elif rule.check == "increasing":
         yield _Expected(rule, "steps", between, {"column": "period", "min_value": 0, "strict_min": True})
+    elif rule.check == "starts_at_zero":
+        low, high = bounds(rule)
+        yield _Expected(rule, "episodes", between, {"column": f"{field}_first", "min_value": low, "max_value": high})
+    elif rule.check == "changes":
+        yield _Expected(rule, "episodes", between, {"column": f"{field}_changes", "min_value": 1})
     elif rule.check == "period":
         table, column = ("episodes", "mean_period") if given["of"] == "mean" else ("steps", "period")
         low, high = bounds(rule)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -27,10 +28,12 @@ from infra.crashpoints import crashpoint
 from infra.errors import LeaseLostError, LwdError
 from infra.events import DeadLetter, Event, EventLog, store_offsets
 from infra.events.outbox import OutboxLog
-from infra.examine import BatchCheck, Check, Examiner, Verdict
+from infra.examination import Examination, OwnProcess
+from infra.examine import Examiner, Verdict
+from infra.judge import BatchCheck, Check
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_events, open_objects
-from infra.process import backoff, load_callable, log_to, patiently, process_arguments, run_process
+from infra.process import backoff, log_to, patiently, process_arguments, run_process
 from infra.settings import load_settings
 from infra.snapshots import Snapshot, append, current
 from infra.telemetry import metrics, milestones, tracing
@@ -46,7 +49,7 @@ class Coordinator:
 
     Args:
         catalog, objects, events: the data plane.
-        check: the data contract for one episode.
+        check: the data contract for one episode; or who judges the bytes, in a process of its own.
         batch_check: for the accepted episodes of one micro-batch together: violations by episode id.
         micro_batch: most events in one snapshot.
         lease_s: how long another coordinator waits for this one after its last sign of life, seconds.
@@ -61,7 +64,7 @@ class Coordinator:
         catalog: Catalog,
         objects: ObjectStore,
         events: EventLog,
-        check: Check,
+        check: Check | Examination,
         *,
         batch_check: BatchCheck | None = None,
         micro_batch: int = 8,
@@ -100,13 +103,14 @@ class Coordinator:
         fresh = {event.episode_id: event for event in events if _name(event) not in settled}  # each once
         verdicts = self._examiner.examine(list(fresh.values()))
         crashpoint("coordinator.examined")
-        with self._catalog.begin() as connection:
-            self.lease.guard(connection)
-            self._bury(connection, dead)
-            snapshot = self._commit(connection, verdicts)
-            crashpoint("coordinator.episodes_settled")
-            store_offsets(connection, CONSUMER, _last(records))
-            crashpoint("coordinator.offsets_stored")
+        try:
+            snapshot = self._settle(records, dead, verdicts)
+        except LwdError:
+            raise
+        except Exception as error:  # a value that the database does not take: its episode's trouble, not the others'
+            if not self._put_aside(verdicts, error):
+                raise
+            snapshot = self._settle(records, dead, verdicts)
         crashpoint("coordinator.committed")
         self._renew_at = time.monotonic() + self.lease.seconds / 3
         fields = {"snapshot": snapshot.version, "episodes": snapshot.episodes, "events": len(events)}
@@ -114,11 +118,56 @@ class Coordinator:
         self._show(events, verdicts, snapshot, began)
         return len(records)
 
+    def _settle(
+        self, records: Sequence[Event | DeadLetter], dead: Sequence[DeadLetter], verdicts: Sequence[Verdict]
+    ) -> Snapshot:
+        """All effects of a micro-batch, in one transaction."""
+        with self._catalog.begin() as connection:
+            self.lease.guard(connection)
+            self._bury(connection, dead)
+            snapshot = self._commit(connection, verdicts)
+            crashpoint("coordinator.episodes_settled")
+            store_offsets(connection, CONSUMER, _last(records))
+            crashpoint("coordinator.offsets_stored")
+        return snapshot
+
+    def _put_aside(self, verdicts: Sequence[Verdict], error: Exception) -> bool:
+        """Refuse the episodes whose rows the database does not take, each tried alone; whether there were any."""
+        log.error("a micro-batch was not written: %s", error)
+        found = False
+        for verdict in verdicts:
+            if verdict.accepted and (wrong := self._trial(partial(self._append, accepted=[verdict]))):
+                verdict.refuse("contract", "row", f"the catalog cannot keep it: {wrong}")
+                found = True
+            if not verdict.accepted and (wrong := self._trial(partial(_quarantine, verdict=verdict))):
+                verdict.reasons = []
+                verdict.refuse(verdict.stage, "reasons", f"the catalog cannot keep the reasons: {wrong}")
+                found = True
+        return found
+
+    def _trial(self, work: Callable[[sa.Connection], object]) -> str | None:
+        """What the database says against `work`, which is undone; None if nothing."""
+        try:
+            with self._catalog.begin() as connection:
+                work(connection)
+                raise _UndoneError
+        except _UndoneError:
+            return None
+        except LwdError:
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
     def _show(self, events: Sequence[Event], verdicts: Sequence[Verdict], snapshot: Snapshot, began: float) -> None:
-        """The micro-batch, as metrics and traces."""
-        if milestones.on():
-            times, _ = times_of(self._catalog, [verdict.event.episode_id for verdict in verdicts])
-            milestones.settled(verdicts, len(events) - len(verdicts), times, snapshot.version, began)
+        """The micro-batch, as metrics and traces; what they make of odd values must not stop the work."""
+        try:
+            if milestones.on():
+                times, _ = times_of(self._catalog, [verdict.event.episode_id for verdict in verdicts])
+                milestones.settled(verdicts, len(events) - len(verdicts), times, snapshot.version, began)
+        except LwdError:
+            raise
+        except Exception:
+            log.exception("metrics of snapshot %d", snapshot.version)
 
     def run(self, stop: threading.Event, poll_s: float = 0.2) -> None:
         """Step until `stop` is set, then give the lease back. Waits out servers that are away.
@@ -144,6 +193,7 @@ class Coordinator:
                 if handled == 0:
                     stop.wait(poll_s)
         finally:
+            self._examiner.close()
             self._events.close()  # whoever has the lease next needs the log's partitions
             self._gauges.stand_down()
             try:
@@ -185,21 +235,14 @@ class Coordinator:
         self._refuse_influence(connection, verdicts)
         for verdict in verdicts:
             if not verdict.accepted:
-                event = verdict.event
-                values = {
-                    "episode_id": event.episode_id,
-                    "sha256": event.sha256,
-                    "robot_id": event.robot_id,
-                    "key": event.key,
-                    "stage": verdict.stage,
-                    "reasons": verdict.reasons,
-                    "created_at": dialect.now(connection),
-                }
-                dialect.insert_if_absent(connection, quarantine, values)
-                log.warning("quarantined %s: %s", event.episode_id, verdict.reasons)
+                _quarantine(connection, verdict)
+                log.warning("quarantined %s: %s", verdict.event.episode_id, verdict.reasons)
         crashpoint("coordinator.quarantined")
-        added = [verdict.row() for verdict in verdicts if verdict.accepted]
-        return append(connection, added=added, reason="episodes", writer=f"{self.lease.holder}#{self.lease.token}")
+        return self._append(connection, [verdict for verdict in verdicts if verdict.accepted])
+
+    def _append(self, connection: sa.Connection, accepted: Sequence[Verdict]) -> Snapshot:
+        writer = f"{self.lease.holder}#{self.lease.token}"
+        return append(connection, added=[verdict.row() for verdict in accepted], reason="episodes", writer=writer)
 
     def _refuse_revoked(self, connection: sa.Connection, verdicts: Sequence[Verdict]) -> None:
         rules = list(connection.execute(sa.select(revocations)))
@@ -228,6 +271,24 @@ class Coordinator:
                 verdict.refuse("influence", "share", f"{robot} would make up {share}, above {self._influence_max:.0%}")
             else:
                 of_robot[robot], total = of_robot[robot] + 1, total + 1
+
+
+class _UndoneError(Exception):
+    """Ends a trial's transaction without its effects."""
+
+
+def _quarantine(connection: sa.Connection, verdict: Verdict) -> None:
+    event = verdict.event
+    values = {
+        "episode_id": event.episode_id,
+        "sha256": event.sha256,
+        "robot_id": event.robot_id,
+        "key": event.key,
+        "stage": verdict.stage,
+        "reasons": verdict.reasons,
+        "created_at": dialect.now(connection),
+    }
+    dialect.insert_if_absent(connection, quarantine, values)
 
 
 def _members_of(connection: sa.Connection, robot_id: str) -> int:
@@ -259,14 +320,17 @@ def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
     tracing.start("coordinator")
     catalog = open_catalog(settings, migrate=True, stop=stop)
     crashpoint("coordinator.started")
-    check, objects = load_callable(options.check), patiently(lambda: open_objects(settings), stop)
+    objects = patiently(lambda: open_objects(settings), stop)
+    examination = OwnProcess(
+        options.check, options.batch_check, seconds=settings.examine_s, memory_mib=settings.examine_mib
+    )
+    patiently(examination.start, stop)
     with closing(patiently(lambda: open_events(settings, catalog), stop)) as events:
         coordinator = Coordinator(
             catalog,
             objects,
             events,
-            check,
-            batch_check=load_callable(options.batch_check) if options.batch_check else None,
+            examination,
             micro_batch=settings.micro_batch,
             lease_s=settings.lease_s,
             fetch_retries=settings.fetch_retries,

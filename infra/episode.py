@@ -3,8 +3,11 @@
 On disk an episode is one sample of a WebDataset tar: members `<id>.meta.json`, `<id>.observations.npy`,
 `<id>.actions.npy`, `<id>.rewards.npy`, `<id>.intervention.npy`, `<id>.timestamps.npy`. An episode object holds one
 sample; a buffer shard holds many. The tar is deterministic (no clock, no user), so that equal episodes have equal
-digests. Tars are streamed, never extracted: plain files only, with caps on members and bytes, so that reading one takes
-no more memory than a few times its own size.
+digests. Tars are streamed, never extracted, and read strictly (`infra.strict`): plain USTAR files only, with caps on
+members and bytes, so that reading one takes no more memory than a few times its own size.
+
+A robot's bytes go through `decode`, and what it returns has arrays of their dtypes and ranks and metadata that every
+database holds. Whether the values make sense is the data contract's matter. The caps on what a robot may say are here.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.format import read_array
 
-from infra.errors import CorruptDataError
+from infra.errors import CorruptDataError, named
+from infra.strict import MalformedError, read_json, read_npy, read_payload, tar_members
 
 SCHEMA_VERSION = 1
 EPISODE_ID = re.compile(r"^[0-9a-f]{32}$")
@@ -32,20 +35,23 @@ Outcome = Literal["success", "failure", "time_limit"]
 SOURCES: tuple[str, ...] = get_args(Source)
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
 
-MAX_MEMBER_BYTES = 256 * 2**20
-MAX_MEMBERS = 64
+MAX_MEMBER_BYTES = 256 * 2**20  # of one array
+MAX_META_BYTES = 256 * 2**10  # of an episode's metadata, `extra` included
+MAX_REASONS = 32  # that are kept with an episode; the last says how many were left out
+MAX_REASON_CHARS = 500  # of one reason's message
 
-_ARRAYS: dict[str, str] = {
-    "observations": "<f4",
-    "actions": "<f4",
-    "rewards": "<f4",
-    "intervention": "|b1",
-    "timestamps": "<f8",
+_ARRAYS: dict[str, tuple[str, int]] = {  # dtype and rank
+    "observations": ("<f4", 2),
+    "actions": ("<f4", 2),
+    "rewards": ("<f4", 1),
+    "intervention": ("|b1", 1),
+    "timestamps": ("<f8", 1),
 }
 _META = (
     "episode_id", "robot_id", "task", "instruction", "source", "outcome", "policy_version",
     "substep_scores", "started_at", "schema_version", "extra",
 )  # fmt: skip
+_MEMBERS = ("meta.json", *(f"{name}.npy" for name in _ARRAYS))
 
 
 def new_episode_id() -> str:
@@ -121,8 +127,13 @@ def write_samples(episodes: Iterable[Episode], stream: IO[bytes]) -> None:
                     "make ids with infra.episode.new_episode_id()",
                 )
             meta = json.dumps(episode.meta(), sort_keys=True, allow_nan=False).encode()
+            if len(meta) > MAX_META_BYTES:
+                raise CorruptDataError(
+                    f"episode {episode.episode_id}: {len(meta)} bytes of metadata, over the cap of {MAX_META_BYTES}",
+                    "keep less in `extra`; large data belongs into an array",
+                )
             _add(tar, f"{episode.episode_id}.meta.json", meta)
-            for name, dtype in _ARRAYS.items():
+            for name, (dtype, _) in _ARRAYS.items():
                 buffer = io.BytesIO()
                 np.save(buffer, np.ascontiguousarray(getattr(episode, name), dtype=dtype), allow_pickle=False)
                 _add(tar, f"{episode.episode_id}.{name}.npy", buffer.getvalue())
@@ -155,36 +166,30 @@ def read_samples(stream: IO[bytes], *, name: str = "shard") -> Iterator[Episode]
         name: what to call it in errors.
 
     Raises:
-        CorruptDataError: truncated or damaged tar, a member that is no plain file or too large, a duplicate or
-            missing member, an array of a wrong dtype.
+        CorruptDataError: truncated or damaged tar, a member that is no plain file, unknown or too large, a duplicate or
+            missing member, an array of a wrong dtype or rank, metadata that are not of the form.
     """
     fix = "restore the file from its store, or collect it again; it was not used"
     members: dict[str, bytes] = {}
     current: str | None = None
     try:
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                if not member.isreg() or member.issparse():  # a few bytes of a sparse file stand for gigabytes
-                    raise CorruptDataError(f"{name}: {member.name!r} is not a plain file", fix)
-                if member.size > MAX_MEMBER_BYTES:
-                    raise CorruptDataError(f"{name}: {member.name!r} has {member.size} bytes, over the cap", fix)
-                key, _, suffix = member.name.partition(".")
-                if not EPISODE_ID.fullmatch(key):
-                    raise CorruptDataError(f"{name}: member {member.name!r} does not begin with an episode id", fix)
-                if key != current:
-                    if current is not None:
-                        yield _assemble(current, members, name)
-                    current, members = key, {}
-                if suffix in members or len(members) >= MAX_MEMBERS:
-                    raise CorruptDataError(f"{name}: member {member.name!r} is repeated or one too many", fix)
-                handle = tar.extractfile(member)
-                assert handle is not None  # isreg() above
-                payload = handle.read()
-                if len(payload) != member.size:
-                    raise CorruptDataError(f"{name}: {member.name!r} is truncated", fix)
-                members[suffix] = payload
-    except (tarfile.TarError, EOFError) as error:
-        raise CorruptDataError(f"{name}: not a readable tar ({error})", fix) from error
+        for member, size in tar_members(stream, MAX_MEMBER_BYTES):
+            key, _, suffix = member.partition(".")
+            if not EPISODE_ID.fullmatch(key):
+                raise MalformedError(f"member {named(member)} does not begin with an episode id")
+            if key != current:
+                if current is not None:
+                    yield _assemble(current, members, name)
+                current, members = key, {}
+            if suffix in members:
+                raise MalformedError(f"member {member!r} is repeated")
+            if suffix not in _MEMBERS:
+                raise MalformedError(f"member {named(member)} is none of an episode's: {', '.join(_MEMBERS)}")
+            if suffix == "meta.json" and size > MAX_META_BYTES:
+                raise MalformedError(f"{member!r} has {size} bytes, over the cap of {MAX_META_BYTES}")
+            members[suffix] = read_payload(stream, member, size)
+    except MalformedError as error:
+        raise CorruptDataError(f"{name}: {error}", fix) from error
     if current is not None:
         yield _assemble(current, members, name)
 
@@ -197,21 +202,37 @@ def _add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
 
 def _assemble(key: str, members: dict[str, bytes], name: str) -> Episode:
     fix = "collect the episode again; the robot's client must be of schema version " + str(SCHEMA_VERSION)
-    wanted = {"meta.json", *(f"{array}.npy" for array in _ARRAYS)}
-    if missing := wanted - members.keys():
-        raise CorruptDataError(f"{name}: episode {key} lacks {', '.join(sorted(missing))}", fix)
-    try:
-        meta = json.loads(members["meta.json"])
-        fields = {field_name: meta[field_name] for field_name in _META}
-        arrays: dict[str, Any] = {
-            array: read_array(io.BytesIO(members[f"{array}.npy"]), allow_pickle=False) for array in _ARRAYS
-        }
-    except (ValueError, KeyError, EOFError, OSError, MemoryError) as error:
-        raise CorruptDataError(f"{name}: episode {key} cannot be read ({error})", fix) from error
-    if fields["episode_id"] != key:
-        raise CorruptDataError(f"{name}: episode {key} calls itself {fields['episode_id']!r}", fix)
-    for array, dtype in _ARRAYS.items():
-        if arrays[array].dtype != np.dtype(dtype):
-            raise CorruptDataError(f"{name}: episode {key}: {array} is {arrays[array].dtype}, not {dtype}", fix)
-    fields["substep_scores"] = tuple(fields["substep_scores"])
+    if missing := [member for member in _MEMBERS if member not in members]:
+        raise CorruptDataError(f"{name}: episode {key} lacks {', '.join(missing)}", fix)
+    fields = _meta(key, members.pop("meta.json"), name, fix)
+    arrays: dict[str, Any] = {}
+    for array, (dtype, rank) in _ARRAYS.items():
+        try:
+            found = read_npy(members.pop(f"{array}.npy"))  # popped: its bytes need not be kept beside the array
+        except (MalformedError, MemoryError) as error:
+            raise CorruptDataError(f"{name}: episode {key}: {array} cannot be read ({error})", fix) from error
+        if found.dtype != np.dtype(dtype):
+            raise CorruptDataError(f"{name}: episode {key}: {array} is {found.dtype}, not {dtype}", fix)
+        if found.ndim != rank:
+            raise CorruptDataError(f"{name}: episode {key}: {array} has {found.ndim} dimensions, not {rank}", fix)
+        arrays[array] = found
     return Episode(**fields, **arrays)
+
+
+def _meta(key: str, payload: bytes, name: str, fix: str) -> dict[str, Any]:
+    """The metadata's fields; the types of most are the contract's matter."""
+    try:
+        fields = read_json(payload)
+    except (MalformedError, MemoryError) as error:
+        raise CorruptDataError(f"{name}: episode {key}: its metadata cannot be read ({error})", fix) from error
+    if wrong := fields.keys() ^ set(_META):
+        word = "lacks" if (first := min(wrong)) in _META else "has the unknown field"
+        raise CorruptDataError(f"{name}: episode {key} cannot be read: its metadata {word} {named(first)}", fix)
+    if fields["episode_id"] != key:
+        raise CorruptDataError(f"{name}: episode {key} calls itself {named(fields['episode_id'])}", fix)
+    if not isinstance(fields["extra"], dict):
+        raise CorruptDataError(f"{name}: episode {key}: extra is {named(fields['extra'])}, not an object", fix)
+    if not isinstance(fields["substep_scores"], list):
+        found = named(fields["substep_scores"])
+        raise CorruptDataError(f"{name}: episode {key}: substep_scores is {found}, not a list", fix)
+    return fields | {"substep_scores": tuple(fields["substep_scores"])}

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+# Control characters, lone surrogates, and marks that turn the direction of text: what a database refuses, or a
+# terminal obeys.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class LwdError(Exception):
     """A failure that the user can act on.
@@ -67,3 +73,20 @@ class UnavailableError(LwdError):
     """A server or a process did not answer in time."""
 
     exit_code = 8
+
+
+def shown(text: str, limit: int = 200) -> str:
+    """Text of another machine as a message, a row, a log or a page may hold it: one that every database and terminal
+    takes, of at most `limit` characters."""
+    cut = text[: limit + 1]
+    safe = _UNSAFE.sub(lambda match: f"\\x{ord(match.group()):02x}", cut)
+    return safe if len(safe) <= limit else f"{safe[: limit - 1]}…"
+
+
+def named(value: object, limit: int = 80) -> str:
+    """Any value of another machine, as a message names it: `repr`, but short, and never an error of its own."""
+    try:
+        text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
+    except Exception:  # an integer of too many digits, a structure nested too deeply, a __repr__ that breaks
+        text = f"<{type(value).__name__}>"
+    return shown(text, limit)

@@ -6,12 +6,11 @@ answer: one object, one row, one event.
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import sqlalchemy as sa
 
@@ -19,12 +18,13 @@ from infra.catalog import Catalog, dialect
 from infra.catalog.schema import episodes, quarantine, snapshot_episodes
 from infra.crashpoints import crashpoint
 from infra.episode import SCHEMA_VERSION
-from infra.errors import ConfigError, ConflictError, CorruptDataError, LwdError
+from infra.errors import ConfigError, ConflictError, CorruptDataError, LwdError, named
 from infra.events import announce
 from infra.objects import ObjectStore, episode_key, incoming_key
 
 Status = Literal["unknown", "committed", "snapshot", "quarantined"]
 MAX_OBJECT_BYTES = 2 * 2**30
+LATEST_CLOCK = 4102444800.0  # 2100-01-01, seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,27 @@ class Claim:
         Raises:
             ConfigError: a value is malformed; the message names it.
         """
+        for name, value in (("robot_id", robot_id), ("episode_id", episode_id), ("sha256", sha256)):
+            if not isinstance(value, str) or len(value) > 64:
+                raise ConfigError(f"{name} is {named(value)}", "send text of up to 64 characters")
         incoming_key(robot_id, episode_id)
         episode_key(sha256)
-        if isinstance(size, bool) or not 0 <= size <= MAX_OBJECT_BYTES:
-            raise ConfigError(f"episode {episode_id} of {size!r} bytes", f"send at most {MAX_OBJECT_BYTES} bytes")
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_OBJECT_BYTES:
+            raise ConfigError(f"episode {episode_id} of {named(size)} bytes", f"send at most {MAX_OBJECT_BYTES} bytes")
         fix = (
             "send schema_version (int), produced_at (seconds since the epoch), trace_id (up to 64 printable characters)"
         )
         if unknown := meta.keys() - {"schema_version", "produced_at", "trace_id"}:
-            raise ConfigError(f"unknown meta field {sorted(unknown)[0]!r}", fix)
+            raise ConfigError(f"unknown meta field {named(min(unknown, key=str))}", fix)
         version, produced, trace = meta.get("schema_version"), meta.get("produced_at"), meta.get("trace_id")
         if version is None:
             version = SCHEMA_VERSION
         if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**31:
-            raise ConfigError(f"meta field 'schema_version' is {version!r}", fix)
-        if produced is not None and (not isinstance(produced, int | float) or not math.isfinite(produced)):
-            raise ConfigError(f"meta field 'produced_at' is {produced!r}", fix)
+            raise ConfigError(f"meta field 'schema_version' is {named(version)}", fix)
+        if produced is not None and not _is_time(produced):
+            raise ConfigError(f"meta field 'produced_at' is {named(produced)}", fix)
         if trace is not None and not (isinstance(trace, str) and 0 < len(trace) <= 64 and trace.isprintable()):
-            raise ConfigError(f"meta field 'trace_id' is {trace!r}", fix)
+            raise ConfigError(f"meta field 'trace_id' is {named(trace)}", fix)
         at = None if produced is None else float(produced)
         return cls(robot_id, episode_id, sha256, size, version, at, trace or uuid.uuid4().hex)
 
@@ -83,6 +86,11 @@ class Claim:
         """The columns that the tables `episodes` and `outbox` share."""
         names = ("episode_id", "robot_id", "sha256", "size", "schema_version", "trace_id")
         return {name: getattr(self, name) for name in names} | {"key": episode_key(self.sha256)}
+
+
+def _is_time(value: object) -> TypeGuard[int | float]:
+    """A wall clock's time between 1970 and 2100: beyond it, nothing that computes with times can be relied on."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LATEST_CLOCK
 
 
 class Ingest:

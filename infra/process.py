@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infra.errors import ConfigError, UnavailableError
+from infra.errors import ConfigError, UnavailableError, shown
 from infra.unexpected import explained
 
 T = TypeVar("T")
@@ -104,8 +104,29 @@ def redact(text: str) -> str:
     return _SECRET.sub(lambda match: f"{match.group(1) or match.group(2)}***", text)
 
 
+MAX_LOG_CHARS = 4096  # of one field of a log line, whoever wrote what it says
+
+
+def _capped(value: Any) -> Any:
+    """A field of a log line: itself where it is short, else its beginning and how much was cut."""
+    if isinstance(value, int | float | None):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if len(text) <= MAX_LOG_CHARS:
+        return value
+    return f"{text[:MAX_LOG_CHARS]}… ({len(text) - MAX_LOG_CHARS} more characters)"
+
+
+class _Line(logging.Formatter):
+    """A line for people: capped, and without what a terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(redact(super().format(record)), MAX_LOG_CHARS)
+
+
 class JsonLines(logging.Formatter):
-    """One JSON object a line; fields given as `extra={"fields": {...}}` are merged in. Secrets are redacted."""
+    """One JSON object a line; fields given as `extra={"fields": {...}}` are merged in. Secrets are redacted, and each
+    field is cut at `MAX_LOG_CHARS`; of a traceback the end is kept."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -117,8 +138,8 @@ class JsonLines(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            entry["error"] = self.formatException(record.exc_info)
-        return redact(json.dumps(entry, default=str))
+            entry["error"] = self.formatException(record.exc_info)[-MAX_LOG_CHARS:]
+        return redact(json.dumps({name: _capped(value) for name, value in entry.items()}, default=str))
 
 
 def log_to(folder: Path, name: str, level: int = logging.INFO) -> Path:
@@ -127,7 +148,7 @@ def log_to(folder: Path, name: str, level: int = logging.INFO) -> Path:
     path = folder / f"{name}.jsonl"
     file, console = logging.FileHandler(path), logging.StreamHandler()
     file.setFormatter(JsonLines())
-    console.setFormatter(logging.Formatter(f"{name}: %(levelname)s %(message)s"))
+    console.setFormatter(_Line(f"{name}: %(levelname)s %(message)s"))
     console.setLevel(logging.WARNING)
     root = logging.getLogger()
     root.handlers[:] = [file, console]

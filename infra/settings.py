@@ -76,6 +76,8 @@ class Settings(BaseSettings):
     lease_s: float = Field(10.0, gt=0, description="coordinator's lease, seconds")
     poll_s: float = Field(0.2, gt=0, description="pause between polls of an idle process, seconds")
     fetch_retries: int = Field(5, ge=1, description="tries per object before it is quarantined")
+    examine_s: float = Field(30.0, gt=0, description="that the examination of one episode may take, seconds")
+    examine_mib: int = Field(2048, ge=64, description="memory that the examination of one episode may take")
     approval: bool = Field(False, description="promotion needs an approver other than the proposer")
 
     @classmethod

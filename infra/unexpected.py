@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
+from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError, shown
 
 _TEXT_MAX = 300  # characters of an unexpected error's text in a message
 # Of servers' clients, whose modules need not be there: by name, nothing is imported for it.
@@ -69,8 +69,7 @@ def _names(error: BaseException) -> set[str]:
 
 
 def _text(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    return text if len(text) <= _TEXT_MAX else f"{text[:_TEXT_MAX]}…"
+    return shown(str(error) or type(error).__name__, _TEXT_MAX)
 
 
 def _keep(error: BaseException) -> str:

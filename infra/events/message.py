@@ -108,7 +108,10 @@ _FITS: dict[str, Callable[[Any], bool]] = {  # what the ingest service can have 
 
 def _brief(value: object) -> str:
     """A value in a reason: short, and of characters that every database takes."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # an integer of very many digits, a structure nested too deeply
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

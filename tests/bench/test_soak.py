@@ -18,7 +18,7 @@ from bench.latency_figure import figure as latency_figure
 from bench.oplog import OperationLog, operations
 from bench.robots import parse_route
 from bench.soak_figure import figure, rates
-from data_contracts.checks import default_check
+from bench.wide_check import wide_check
 from infra.catalog import Catalog
 from infra.coordinator import Coordinator
 from infra.episode import Episode, encode
@@ -43,10 +43,10 @@ def test_the_schedule_is_seeded_and_holds_every_kind_in_every_round() -> None:
 
 def test_episodes_keep_the_contract_and_break_it_where_they_are_told_to() -> None:
     rng = np.random.default_rng(0)
-    assert default_check(made(rng, "a0")) == []
-    assert any(violation.severity == "block" for violation in default_check(made(rng, "a0", breach=True)))
+    assert wide_check(made(rng, "a0")) == []
+    assert any(violation.severity == "block" for violation in wide_check(made(rng, "a0", breach=True)))
     wide, long = (made(rng, "a0", mib * 2**20) for mib in (3, 40))
-    assert default_check(wide) == default_check(long) == []
+    assert wide_check(wide) == wide_check(long) == []
     assert 2.98 < len(encode(wide)) / 2**20 < 3.02
     assert 39.9 < len(encode(long)) / 2**20 < 40.1
     assert long.observations.shape[1] < 2**16, "an observation is a few images, not all of the payload"
@@ -64,7 +64,7 @@ def test_a_robot_records_sends_logs_and_goes_on_after_a_kill(tmp_path: Path) -> 
     catalog.migrate()
 
     def contract(episode: Episode) -> list[object]:
-        return list(default_check(episode))
+        return list(wide_check(episode))
 
     coordinator = Coordinator(catalog, objects, OutboxLog(catalog), contract)  # type: ignore[arg-type]
     home, stop = tmp_path / "robots", threading.Event()

@@ -11,7 +11,11 @@ import pytest
 
 from data_contracts.checks import Violation, check_episode, default_check
 from data_contracts.contract import Contract, load_contract
-from infra.episode import Episode, decode, encode
+from infra.catalog.fits import misfit
+from infra.catalog.schema import episodes, snapshot_episodes
+from infra.episode import OUTCOMES, SOURCES, Episode, decode, encode
+from infra.fleet.features import FEATURES
+from infra.fleet.scene import ACTION_DIM
 
 Make = Callable[..., Episode]
 
@@ -43,7 +47,9 @@ BAD: dict[str, tuple[str, Callable[[Episode], dict[str, Any]], str]] = {
     "action dimension": ("transition-schema", lambda e: {"actions": e.actions[:, :4]}, "(12, 5)"),
     "float64 actions": ("transition-schema", lambda e: {"actions": e.actions.astype(np.float64)}, "float64"),
     "one-dimensional": ("transition-schema", lambda e: {"observations": e.observations[:, 0]}, "(13,)"),
-    "observations cut": ("transition-schema", lambda e: {"observations": e.observations[:-1]}, "(13, 7)"),
+    "observations cut": ("transition-schema", lambda e: {"observations": e.observations[:-1]}, "(13, 86)"),
+    "one sensor less": ("transition-schema", lambda e: {"observations": e.observations[:, :-1]}, "(13, 85)"),
+    "one sensor more": ("transition-schema", lambda e: {"observations": np.hstack([e.observations] * 2)}, "(13, 172)"),
     "rewards cut": ("transition-schema", lambda e: {"rewards": e.rewards[:-1]}, "(12,)"),
     "mask cut": ("transition-schema", lambda e: {"intervention": e.intervention[:-1]}, "(12,)"),
     "no array": ("transition-schema", lambda e: {"rewards": None}, "NoneType"),
@@ -53,6 +59,20 @@ BAD: dict[str, tuple[str, Callable[[Episode], dict[str, Any]], str]] = {
     "version a truth value": ("episode-schema", lambda e: {"policy_version": True}, "bool"),
     "version too long": ("episode-schema", lambda e: {"policy_version": 10**400}, "int"),
     "time stands still": ("timestamp-increasing", lambda e: {"timestamps": put(e.timestamps, 3, 0.1)}, "step 2"),
+    "time of the epoch": (
+        "timestamp-starts-at-zero",
+        lambda e: {"timestamps": e.timestamps + 1.7956e9},
+        "timestamps[0] = 1.7956e+09",
+    ),
+    "time of the robot's start": ("timestamp-starts-at-zero", lambda e: {"timestamps": e.timestamps + 100}, "100"),
+    "time before the start": ("timestamp-starts-at-zero", lambda e: {"timestamps": e.timestamps - 5}, "-5"),
+    "an attempt of days": ("timestamp-range", lambda e: {"timestamps": e.timestamps * 1e6}, "outside"),
+    "a sensor that hangs": (
+        "observation-changes",
+        lambda e: {"observations": np.ascontiguousarray(np.broadcast_to(e.observations[0], (13, 86)))},
+        "all 13 rows",
+    ),
+    "no measurement": ("observation-magnitude", lambda e: {"observations": put(e.observations, (2, 1), 1e30)}, "1e+30"),
     "slow": ("control-period", lambda e: {"timestamps": e.timestamps * 1.4}, "0.07"),
     "jitter": ("control-jitter", lambda e: {"timestamps": e.timestamps + (np.arange(13) > 5) * 0.04}, "0.09"),
     "reward of 2": ("reward-allowed", lambda e: {"rewards": put(e.rewards, 0, 2)}, "rewards[0]"),
@@ -67,6 +87,10 @@ BAD: dict[str, tuple[str, Callable[[Episode], dict[str, Any]], str]] = {
     "NaN score": ("substep-scores-finite", lambda e: {"substep_scores": (float("nan"),)}, "not finite"),
     "scores missing": ("substeps-of-task", lambda e: {"substep_scores": ()}, "0 sub-step"),
     "no version": ("policy-version-by-source", lambda e: {"policy_version": None}, "online"),
+    "version of 2^40": ("policy-version-limit", lambda e: {"policy_version": 2**40}, "above"),
+    "clock beyond the calendar": ("started-at-calendar", lambda e: {"started_at": 1e300}, "1e+300"),
+    "task of 65 characters": ("task-pattern", lambda e: {"task": "S" * 65}, "does not match"),
+    "task with a NUL": ("task-pattern", lambda e: {"task": "S1\0"}, "does not match"),
     "negative version": ("policy-version-range", lambda e: {"policy_version": -1}, "below 0"),
     "path as robot": ("robot-id-pattern", lambda e: {"robot_id": "../r0"}, "../r0"),
     "newline in robot": ("robot-id-pattern", lambda e: {"robot_id": "r0\n"}, "r0"),
@@ -144,3 +168,31 @@ def test_pinned_observation_dimension(contract: Contract, make_episode: Make) ->
     pinned = replace(contract, observation_dim=8)
     assert not check_episode(pinned, make_episode(6, obs_dim=8))
     assert rules(check_episode(pinned, make_episode(6, obs_dim=7))) == {"transition-schema"}
+
+
+def test_the_packaged_contract_pins_the_sizes_of_the_fleets_arms(contract: Contract) -> None:
+    assert (contract.observation_dim, contract.action_dim) == (len(FEATURES), ACTION_DIM)
+
+
+def test_the_packaged_contract_asks_for_no_more_than_the_catalog_keeps(contract: Contract) -> None:
+    """What the contract accepts fits the columns: the widest value that each of its rules lets pass does."""
+    widest = {
+        "task": max(contract.tasks, key=len),
+        "source": max(SOURCES, key=len),
+        "outcome": max(OUTCOMES, key=len),
+        "policy_version": contract.rule("policy-version-limit").parameters["max"],
+        "steps": max(terms.max_steps for terms in contract.tasks.values()),
+    }
+    assert misfit(snapshot_episodes, widest) is None
+    assert misfit(episodes, {"robot_id": "r" * 64}) is None and misfit(episodes, {"robot_id": "r" * 65}) is not None
+
+
+def test_a_first_time_within_one_period_is_the_start(contract: Contract, make_episode: Make) -> None:
+    late = make_episode(1)
+    assert not check_episode(contract, replace(late, timestamps=late.timestamps + 0.01))
+
+
+def test_a_message_is_short_whatever_the_robot_wrote(contract: Contract, make_episode: Make) -> None:
+    for field in ("task", "instruction", "source", "outcome", "robot_id", "episode_id"):
+        for one in check_episode(contract, replace(make_episode(1), **{field: "\x1b[31m" + "x" * 10**6})):
+            assert len(one.message) < 600 and "\x1b" not in one.message

@@ -50,3 +50,15 @@ def test_empty_and_full_quarantine(tmp_path: Path) -> None:
     assert "And 3 older ones" in page
     assert f"{SHOWN + 2:032x}" in page and f"{2:032x}" not in page  # the newest are kept
     assert page.index(f"{SHOWN + 2:032x}") < page.index(f"{SHOWN + 1:032x}")
+
+
+def test_the_page_is_bounded_whatever_robots_wrote(tmp_path: Path) -> None:
+    reasons = [{"rule": f"rule-{n}", "severity": "block", "message": "\ud800\x00" + "m" * 10**4} for n in range(60)]
+    long = {"task": "t" * 10**4, "source": None, "robot_id": "r" * 10**4, "reasons": reasons}
+    rows = [
+        {"episode_id": f"{n:032x}", "at": at, **long}
+        for n, at in enumerate([1e300, float("nan"), -1, None, "now", 1.7e9] * 100)
+    ]
+    page = write_review(tmp_path / "review.html", [load_contract("episode")], [], rows, now=1.7e9).read_text("utf-8")
+    assert len(page) < 12 * 2**20
+    assert "and 40 more" in page and "And 40 more rules" in page and "And 100 older ones" in page

@@ -47,7 +47,7 @@ def damage(draw: st.DrawFn) -> dict[str, Any]:
         "outcome": st.sampled_from(["success", "failure", "time_limit", "won"]),
         "policy_version": st.sampled_from([None, 0, 3, -1, 2.5, True]),
         "substep_scores": st.lists(st.sampled_from([0, 0.5, 1, 0.3, float("nan")]), max_size=3).map(tuple),
-        "started_at": st.sampled_from([0, 1.7e9, -1.0, 5e9, float("nan"), float("inf"), "now"]),
+        "started_at": st.sampled_from([0, 1.7e9, -1.0, 5e9, 1e300, float("nan"), float("inf"), "now"]),
         "schema_version": st.sampled_from([1, 2]),
         "robot_id": st.sampled_from(["r0", "../r0", "", "r0\n", "r" * 65]),
     }
@@ -57,6 +57,8 @@ def damage(draw: st.DrawFn) -> dict[str, Any]:
         "shape": draw(st.sampled_from([None] * 6 + ["actions", "rewards", "timestamps", "float64"])),
         "steps": draw(st.sampled_from([1, 2, 12, 81])),
         "intervention": draw(st.booleans()),
+        "later": draw(st.sampled_from([0.0, 0.0, 0.05, 100.0, -5.0])),
+        "hangs": draw(st.sampled_from([False, False, True])),
         "stretch": draw(st.sampled_from([1.0, 1.0, 0.8, 1.21, 2.0])),
     }
 
@@ -65,6 +67,9 @@ def damaged(make: Make, seed: int, how: dict[str, Any]) -> Episode:
     episode = make(seed, steps=how["steps"])
     arrays = {name: getattr(episode, name).copy() for name in ("observations", "actions", "rewards", "timestamps")}
     arrays["timestamps"] *= how["stretch"]
+    arrays["timestamps"] += how["later"]
+    if how["hangs"]:
+        arrays["observations"][:] = arrays["observations"][0]
     for name, at, value in how["values"]:
         arrays[name].flat[at % arrays[name].size] = value
     if how["shape"] == "float64":

@@ -29,8 +29,8 @@ from infra.coordinator import Coordinator
 from infra.crashpoints import VARIABLE
 from infra.episode import Episode, encode
 from infra.events.outbox import OutboxLog
-from infra.examine import Check
 from infra.ingest import Ingest
+from infra.judge import Check
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
 from infra.settings import load_settings

@@ -119,7 +119,7 @@ def oversized(name: str, size: int) -> bytes:
     """A tar whose header announces far more than follows."""
     info = tarfile.TarInfo(name)
     info.size = size
-    return info.tobuf() + bytes(1024)
+    return info.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
 
 
 def crowded(number: int) -> bytes:
@@ -132,6 +132,7 @@ def crowded(number: int) -> bytes:
 
 
 META = f"{'0' * 32}.meta.json"
+ACTIONS = f"{'0' * 32}.actions.npy"
 
 
 @pytest.mark.parametrize(
@@ -139,9 +140,9 @@ META = f"{'0' * 32}.meta.json"
     [
         (sparse(META, 200 * 2**20, "gnu"), "not a plain file"),
         (sparse(META, 200 * 2**20, "pax"), "not a plain file"),
-        (oversized(META, 2**33), "over the cap"),
-        (oversized(META, 200 * 2**20), "truncated|unexpected end"),
-        (crowded(1000), "one too many"),
+        (oversized(META, 2**33 - 1), "over the cap"),
+        (oversized(ACTIONS, 200 * 2**20), "truncated|unexpected end"),
+        (crowded(1000), "none of an episode's"),
     ],
     ids=["sparse", "sparse-pax", "huge-member", "announced-member", "members"],
 )

@@ -22,7 +22,7 @@ from infra.catalog.schema import episodes, outbox, quarantine
 from infra.crashpoints import registered
 from infra.episode import encode
 from infra.errors import ConfigError, ConflictError, CorruptDataError, StorageFullError
-from infra.ingest import Ingest
+from infra.ingest import Claim, Ingest
 from infra.objects.directory import DirectoryStore
 
 EPISODE = example_episode(1)
@@ -174,3 +174,26 @@ def test_what_was_never_refused_cannot_be_released(plane: Plane) -> None:
     plane.submit(EPISODE)
     with pytest.raises(ConfigError, match=ID):
         plane.ingest.release(ID, SHA)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("produced_at", float("nan")), ("produced_at", 1e300), ("produced_at", 10**400), ("produced_at", -1.0),
+        ("produced_at", True), ("produced_at", "now"), ("schema_version", 2**31), ("schema_version", True),
+        ("schema_version", 10**5000), ("trace_id", "a\x00b"), ("trace_id", "\ud800"), ("trace_id", "x" * 65),
+        ("trace_id", 7), ("colour", "red"), (7, 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_claim_of_odd_values_is_refused_with_a_short_message(field: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Claim.read("r0", "a" * 32, "b" * 64, 1, {field: value})
+    assert len(caught.value.problem) < 200
+
+
+@pytest.mark.parametrize("changes", [{"robot_id": 5}, {"episode_id": None}, {"sha256": "b" * 10**6}, {"size": 1.5}])
+def test_a_claim_whose_names_are_not_text_is_refused(changes: dict[str, object]) -> None:
+    values: dict[str, object] = {"robot_id": "r0", "episode_id": "a" * 32, "sha256": "b" * 64, "size": 1}
+    with pytest.raises(ConfigError):
+        Claim.read(**(values | changes), meta={})  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from invariants import KILLED, in_process, start_process
 
-from infra.process import die_with_parent, log_to, stop_on_signal
+from infra.process import MAX_LOG_CHARS, die_with_parent, log_to, stop_on_signal
 
 # Each child does nothing but wait for the event, so that the signal finds it anywhere within wait().
 CHILDREN = """
@@ -105,3 +105,15 @@ def test_logs_are_json_without_secrets(tmp_path: Path) -> None:
     entry = json.loads((tmp_path / "robot.jsonl").read_text())
     assert entry["message"] == "put https://store/incoming/x?X-Amz-Signature=***&X-Amz-Date=1"
     assert entry["db"] == "postgresql://u:***@host/d"
+
+
+def test_a_line_of_the_log_is_capped_in_each_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = log_to(tmp_path, "capped")
+    fields = {"robot": "r" * 10**6, "reasons": [{"message": "m" * 10**5}] * 9, "steps": 4}
+    logging.getLogger("test").warning("odd \x1b[31m %s", "x" * 10**6, extra={"fields": fields})
+    line = path.read_text()
+    assert len(line) < 4 * MAX_LOG_CHARS
+    entry = json.loads(line)
+    assert entry["steps"] == 4 and entry["robot"].endswith("more characters)")
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and len(said) <= MAX_LOG_CHARS + 1

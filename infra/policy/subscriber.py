@@ -3,7 +3,7 @@
 What a robot has accepted lies in one small file that is replaced atomically, so that a robot killed anywhere comes
 back with the policy it had:
 
-    state.json                    cohort, last announcement, policy wanted, active policy, previous policy
+    state.json                    cohort, last announcement, policy wanted, active policy, previous policy, rejected ones
     state-<cohort>.json           the same of a cohort that the robot was in before, so that its return replays nothing
     bundles/<version>-<digest>/   verified bundles: the active, the previous and a staged one
     bases/<sha256>.safetensors    what those bundles' weights complete
@@ -28,6 +28,7 @@ from infra.policy.bases import BaseCache
 from infra.policy.keys import TrustStore, canonical_json
 
 _KEPT = "the last policy that was good stays in use"
+_MAX_REJECTED, _MAX_REASON = 1000, 300
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -68,6 +69,15 @@ class ActivePolicy:
 
 
 @dataclass(frozen=True)
+class Rejection:
+    """A policy that this robot ran, or tried to, and runs no more: its number, manifest digest and what it did."""
+
+    version: int
+    digest: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class _State:
     cohort: str
     seq: int = 0
@@ -75,6 +85,10 @@ class _State:
     active: PolicyRef | None = None
     previous: PolicyRef | None = None
     announced_at: float = 0.0
+    rejected: tuple[Rejection, ...] = ()  # oldest first, at most `_MAX_REJECTED`
+
+    def rejects(self, ref: PolicyRef) -> bool:
+        return any(one.digest == ref.digest for one in self.rejected)
 
 
 class PolicySubscriber:
@@ -129,6 +143,8 @@ class PolicySubscriber:
         wanted = self._state.wanted
         if wanted is not None and wanted == self._state.active:
             self._staged = None
+        elif wanted is not None and self._state.rejects(wanted):
+            self._staged = None
         elif wanted is not None and wanted != self._staged:
             self._staged = None
             self._stage(wanted)
@@ -144,6 +160,47 @@ class PolicySubscriber:
             self._staged = None
             self._prune()
         return self.active
+
+    @property
+    def rejected(self) -> tuple[Rejection, ...]:
+        """The policies that this robot runs no more, oldest first."""
+        return self._state.rejected
+
+    def reject(self, version: int, reason: str) -> ActivePolicy | None:
+        """Never run that policy again: it failed on this robot. Survives restarts, so that none begins with it.
+
+        Args:
+            version: of the active, the staged or the announced policy; another is left as it is.
+            reason: what it did; its first 300 characters are kept.
+
+        Returns:
+            The policy that is active now: the previous good one if the active one was rejected, None if there is none.
+            A newer announcement is tried as ever.
+        """
+        state = self._state
+        held = {ref for ref in (self._staged, state.active, state.wanted, state.previous) if ref is not None}
+        bad = [ref for ref in held if ref.version == version and not state.rejects(ref)]
+        if not bad:
+            return self.active
+        added = tuple(Rejection(ref.version, ref.digest, reason[:_MAX_REASON]) for ref in bad)
+        state = replace(state, rejected=(*state.rejected, *added)[-_MAX_REJECTED:])
+        if self._staged in bad:
+            self._staged = None
+        if state.active in bad:
+            previous = state.previous
+            usable = previous is not None and not state.rejects(previous) and self._verifies(previous)
+            state = replace(state, active=previous if usable else None, previous=None)
+        elif state.previous in bad:
+            state = replace(state, previous=None)
+        self._save(state)
+        return self.active
+
+    def _verifies(self, ref: PolicyRef) -> bool:
+        try:
+            self._check(self._bundles / ref.folder, ref)
+        except UntrustedPolicyError:
+            return False
+        return True
 
     def _take_in(self, announcements: Sequence[Announcement]) -> UntrustedPolicyError | None:
         refused: UntrustedPolicyError | None = None
@@ -210,11 +267,7 @@ class PolicySubscriber:
     def _fall_back(self) -> None:
         """At start: an active bundle that no longer verifies gives way to the previous one, or to none."""
         for ref in (self._state.active, self._state.previous):
-            if ref is None:
-                continue
-            try:
-                self._check(self._bundles / ref.folder, ref)
-            except UntrustedPolicyError:
+            if ref is None or self._state.rejects(ref) or not self._verifies(ref):
                 continue
             if ref != self._state.active:
                 self._save(replace(self._state, active=ref, previous=None))
@@ -239,14 +292,21 @@ class PolicySubscriber:
             if state.cohort == self._cohort:
                 return state
             os.replace(path, self._root / f"state-{state.cohort}.json")
+            rejected = state.rejected  # a policy that failed on this robot does so in every cohort
+        else:
+            rejected = ()
         before = self._root / f"state-{self._cohort}.json"
-        return self._read(before) if before.exists() else _State(self._cohort)
+        state = self._read(before) if before.exists() else _State(self._cohort)
+        known = {one.digest for one in rejected}
+        earlier = tuple(one for one in state.rejected if one.digest not in known)
+        return replace(state, rejected=(*earlier, *rejected)[-_MAX_REJECTED:])
 
     def _read(self, path: Path) -> _State:
         try:
             document = json.loads(path.read_bytes())
             for name in ("wanted", "active", "previous"):
                 document[name] = PolicyRef(**document[name]) if document[name] else None
+            document["rejected"] = tuple(Rejection(**one) for one in document.get("rejected", ()))
             state = _State(**document)
             if state.cohort not in COHORTS:
                 raise ValueError(f"unknown cohort {state.cohort!r}")

@@ -67,6 +67,7 @@ class Contract:
     tasks: Mapping[str, TaskTerms]
     action_dim: int
     observation_dim: int | None
+    shield: Mapping[str, Any] | None = None
 
     def rule(self, rule_id: str) -> Rule:
         """The rule of that id; ConfigError naming the nearest one if there is none."""
@@ -139,6 +140,7 @@ def _merge(contract: Contract, other: Contract) -> Contract:
         tasks=contract.tasks,
         action_dim=other.action_dim,
         observation_dim=other.observation_dim,
+        shield=other.shield,
     )
 
 
@@ -216,6 +218,7 @@ class _Reader:
             tasks=self._tasks(custom.get("tasks", [])),
             action_dim=int(custom.get("action_dim", 5)),
             observation_dim=custom.get("observation_dim"),
+            shield=custom.get("shield"),
         )
         if name == "episode" and not contract.tasks:
             self.fail(("customProperties",), "no tasks are agreed on", "list them under the custom property `tasks`")
@@ -234,7 +237,9 @@ class _Reader:
                 self._unknown_fields(one, other, (*at, index))
 
     def _custom(self, name: str) -> dict[str, Any]:
-        valid = {"episode": ("includes", "tasks"), "transition": ("action_dim", "observation_dim")}.get(name, ())
+        valid = {"episode": ("includes", "tasks"), "transition": ("action_dim", "observation_dim", "shield")}.get(
+            name, ()
+        )
         found: dict[str, Any] = {}
         for index, entry in enumerate(self.raw.get("customProperties") or []):
             key, value = str(entry.get("property")), entry.get("value")
@@ -245,6 +250,8 @@ class _Reader:
                 )
             if key.endswith("_dim") and (type(value) is not int or value < 1):
                 self.fail(at, f"{key} is {value!r}", "give a whole number of at least 1")
+            if key == "shield" and not isinstance(value, dict):
+                self.fail(at, f"shield is {value!r:.80}", "give a mapping, as in the packaged contract")
             if key == "includes":
                 for one in value if isinstance(value, list) else [value]:
                     if one != "transition":

@@ -67,3 +67,12 @@ class UnavailableError(LwdError):
     """A server or a process did not answer in time."""
 
     exit_code = 8
+
+
+def named(error: BaseException) -> str:
+    """An error's kind and text in one bounded line, for one of no known kind."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "no text"
+    return f"{type(error).__name__}: {text}"[:300]

@@ -21,7 +21,7 @@ from infra.edge.framelog import EpisodeEnd, EpisodeStart, Frame
 from infra.edge.server import MAX_BATCH, Status, Upload
 from infra.edge.spool import ClosedEpisode, Spool
 from infra.episode import SCHEMA_VERSION, Outcome, Source, new_episode_id
-from infra.errors import ConfigError, ConflictError, LwdError, StorageFullError, UnavailableError
+from infra.errors import ConfigError, ConflictError, LwdError, StorageFullError, UnavailableError, named
 from infra.telemetry import milestones
 from infra.telemetry.tracing import traceparent
 
@@ -145,7 +145,9 @@ class EdgeClient:
         """
         began = time.time()
         try:
-            closed = self.spool.close(EpisodeEnd(observation, timestamp, outcome, substep_scores, {} if extra is None else extra))
+            closed = self.spool.close(
+                EpisodeEnd(observation, timestamp, outcome, substep_scores, {} if extra is None else extra)
+            )
         except ConfigError as error:
             if self.spool.recording:
                 self._refused_close = f"it could not be closed: {error.problem}"
@@ -285,7 +287,7 @@ class EdgeClient:
         try:
             self._run()
         except BaseException as error:
-            self._death = _named(error)
+            self._death = named(error)
             self._on_event("trouble", {"problem": f"the sending thread has died: {self._death}"})
 
     def _run(self) -> None:
@@ -314,22 +316,13 @@ class EdgeClient:
             self.unexpected += 1
             if self.unexpected & (self.unexpected - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
                 _log.error("unexpected while sending, %d so far", self.unexpected, exc_info=error)
-        return _named(error)
+        return named(error)
 
     def _on_event(self, event: str, fields: dict[str, Any]) -> None:
         try:
             self._tell(event, fields)
         except Exception:  # a listener must not stop what it listens to
             _log.exception("the listener failed at %s", event)
-
-
-def _named(error: BaseException) -> str:
-    """An error's kind and text, bounded."""
-    try:
-        text = str(error)
-    except Exception:
-        text = "no text"
-    return f"{type(error).__name__}: {text}"[:500]
 
 
 def _one_each(answers: Sequence[object], asked: Sized) -> None:

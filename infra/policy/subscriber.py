@@ -3,7 +3,7 @@
 What a robot has accepted lies in one small file that is replaced atomically, so that a robot killed anywhere comes
 back with the policy it had:
 
-    state.json                    cohort, last announcement, policy wanted, active policy, previous policy, rejected ones
+    state.json                    cohort, last announcement, policy wanted, active, previous and rejected policies
     state-<cohort>.json           the same of a cohort that the robot was in before, so that its return replays nothing
     bundles/<version>-<digest>/   verified bundles: the active, the previous and a staged one
     bases/<sha256>.safetensors    what those bundles' weights complete
@@ -141,9 +141,7 @@ class PolicySubscriber:
         """
         refused = self._take_in(self._source.announcements(self._cohort, self._state.seq))
         wanted = self._state.wanted
-        if wanted is not None and wanted == self._state.active:
-            self._staged = None
-        elif wanted is not None and self._state.rejects(wanted):
+        if wanted is not None and (wanted == self._state.active or self._state.rejects(wanted)):
             self._staged = None
         elif wanted is not None and wanted != self._staged:
             self._staged = None

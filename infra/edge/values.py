@@ -251,6 +251,7 @@ def _replaced(substitute: str, why: str, whys: list[str]) -> str:
 
 
 def _key(key: Any) -> str:
+    key = key.item() if isinstance(key, np.generic) else key
     shown = str.__str__(key) if isinstance(key, str) else _described(key)
     return shown.encode("utf-8", "backslashreplace").decode()[:_MAX_KEY]
 

@@ -124,8 +124,9 @@ class Robot:
             self.client, make_env(), operator, Shield(limits), CONTROL_PERIOD, config.pace, config.patience
         )
         self._inference: Inference | None = None
+        self._running: Path | None = None  # the bundle of the policy that acts
         self._failures = 0  # of the robot's own parts, in a row
-        self._unusable: Path | None = None
+        self._unusable: set[Path] = set()  # bundles that cannot be loaded here
         self._started, self._closed = self._read_progress()
 
     def run(self) -> int:
@@ -134,17 +135,27 @@ class Robot:
         try:
             while not self._stop.is_set() and (self.config.episodes is None or self._closed < self.config.episodes):
                 try:
-                    self._boundary()
-                    if self._inference is None:
-                        self._stop.wait(self._settings.poll_s)
-                    else:
-                        self._episode(self._inference)
+                    self._once()
                 except StorageFullError as error:  # safe stop: nothing is recorded until there is room again
                     _say("stopped: full", logging.ERROR, problem=error.problem)
                     self._stop.wait(max(self._settings.poll_s, 1.0))
         finally:
             self._end()
         return self._closed
+
+    def _once(self) -> None:
+        """A boundary, and an episode if there is a policy."""
+        try:
+            self._boundary()
+        except LwdError:
+            raise
+        except Exception as error:
+            self._failed(error)
+            return
+        if self._inference is None:
+            self._stop.wait(self._settings.poll_s)
+        else:
+            self._episode(self._inference)
 
     def _end(self) -> None:
         """Send what can be sent, say goodbye, give everything back; none of it keeps the robot from ending."""
@@ -165,38 +176,44 @@ class Robot:
     def _boundary(self) -> None:
         """Between episodes: take the newest approved policy, tell the server that this robot lives."""
         had = self._inference is not None  # a first policy was not waited for
-        self._contact.poll(waited_for=had, keep_refusal=self._unusable is not None)
-        staged, active = self.subscriber.staged, self.subscriber.active
-        if staged is not None and staged.bundle != self._unusable:
-            if self._load(staged):
-                self.subscriber.activate_at_boundary()
-                self._unusable, self._contact.refusal = None, ""
-                if had:
-                    self._contact.measure("publish_to_active_s", staged)
-            else:
-                self._unusable = staged.bundle
-        if (
-            self._inference is None
-            and active is not None
-            and active.bundle != self._unusable
-            and not self._load(active)
-        ):
-            self._unusable = active.bundle
+        self._contact.poll(waited_for=had, keep_refusal=bool(self._unusable))
+        staged = self.subscriber.staged
+        if staged is not None and self._load(staged):
+            self.subscriber.activate_at_boundary()
+            self._unusable.clear()
+            self._contact.refusal = ""
+            if had:
+                self._contact.measure("publish_to_active_s", staged)
+        self._follow(self.subscriber.active)
         self._contact.heartbeat(self._closed)
+
+    def _follow(self, active: ActivePolicy | None) -> None:
+        """Run the active policy and no other. One that this robot activated and cannot load gives way to the one before;
+        without any, nothing acts."""
+        while active is not None:
+            if self._running == active.bundle or self._load(active):
+                return
+            active = self.subscriber.reject(active.version, self._contact.refusal)
+        if self._inference is not None:
+            self._inference.close()
+        self._inference, self._running = None, None
 
     def _load(self, candidate: ActivePolicy) -> bool:
         """Make a verified policy the one that acts; False if it is not for this robot: what acted before goes on."""
+        if candidate.bundle in self._unusable:
+            return False
         try:
             policy = load_policy(candidate.bundle, version=candidate.version, embodiment=self._embodiment())
         except Exception as error:
             known = error if isinstance(error, LwdError) else CorruptDataError(
                 f"policy {candidate.version} cannot be loaded ({named(error)})", "export it again"
             )  # fmt: skip
+            self._unusable.add(candidate.bundle)
             self._contact.refuse(known, candidate.version)
             return False
         if self._inference is not None:
             self._inference.close()
-        self._inference = Inference(policy)
+        self._inference, self._running = Inference(policy), candidate.bundle
         _say("policy", version=candidate.version)
         return True
 
@@ -237,7 +254,7 @@ class Robot:
         version = inference.policy.version
         assert version is not None  # it came through the policy channel
         inference.close()
-        self._inference = None
+        self._inference, self._running = None, None
         self._contact.help = f"policy {version}: {fault.problem}"
         active = self.subscriber.reject(version, fault.problem)
         _say("policy rejected", logging.ERROR, version=version, problem=fault.problem,

@@ -3,8 +3,9 @@
 What a robot has accepted lies in one small file that is replaced atomically, so that a robot killed anywhere comes
 back with the policy it had:
 
-    state.json                    cohort, last announcement, policy wanted, active, previous and rejected policies
+    state.json                    cohort, last announcement, policy wanted, active policy, previous policy
     state-<cohort>.json           the same of a cohort that the robot was in before, so that its return replays nothing
+    rejected.json                 policies that failed on this robot (`infra.policy.rejections`)
     bundles/<version>-<digest>/   verified bundles: the active, the previous and a staged one
     bases/<sha256>.safetensors    what those bundles' weights complete
 """
@@ -26,9 +27,9 @@ from infra.policy.announcement import Announcement, bundle_prefix
 from infra.policy.artifact import COHORTS, MANIFEST, SIGNATURE, BaseEntry, Manifest, read_signed_manifest, verify
 from infra.policy.bases import BaseCache
 from infra.policy.keys import TrustStore, canonical_json
+from infra.policy.rejections import Rejection, Rejections
 
 _KEPT = "the last policy that was good stays in use"
-_MAX_REJECTED, _MAX_REASON = 1000, 300
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -69,15 +70,6 @@ class ActivePolicy:
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """A policy that this robot ran, or tried to, and runs no more: its number, manifest digest and what it did."""
-
-    version: int
-    digest: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class _State:
     cohort: str
     seq: int = 0
@@ -85,10 +77,6 @@ class _State:
     active: PolicyRef | None = None
     previous: PolicyRef | None = None
     announced_at: float = 0.0
-    rejected: tuple[Rejection, ...] = ()  # oldest first, at most `_MAX_REJECTED`
-
-    def rejects(self, ref: PolicyRef) -> bool:
-        return any(one.digest == ref.digest for one in self.rejected)
 
 
 class PolicySubscriber:
@@ -114,6 +102,7 @@ class PolicySubscriber:
         self._source = source
         self._trust = trust
         self._staged: PolicyRef | None = None
+        self._rejections = Rejections(self._root / "rejected.json")
         self._state = self._load()
         self._fall_back()
 
@@ -141,7 +130,7 @@ class PolicySubscriber:
         """
         refused = self._take_in(self._source.announcements(self._cohort, self._state.seq))
         wanted = self._state.wanted
-        if wanted is not None and (wanted == self._state.active or self._state.rejects(wanted)):
+        if wanted is not None and (wanted == self._state.active or wanted.digest in self._rejections):
             self._staged = None
         elif wanted is not None and wanted != self._staged:
             self._staged = None
@@ -161,8 +150,8 @@ class PolicySubscriber:
 
     @property
     def rejected(self) -> tuple[Rejection, ...]:
-        """The policies that this robot runs no more, oldest first."""
-        return self._state.rejected
+        """The policies that failed on this robot, oldest first."""
+        return tuple(self._rejections)
 
     def reject(self, version: int, reason: str) -> ActivePolicy | None:
         """Never run that policy again: it failed on this robot. Survives restarts, so that none begins with it.
@@ -176,29 +165,13 @@ class PolicySubscriber:
             A newer announcement is tried as ever.
         """
         state = self._state
-        held = {ref for ref in (self._staged, state.active, state.wanted, state.previous) if ref is not None}
-        bad = [ref for ref in held if ref.version == version and not state.rejects(ref)]
-        if not bad:
-            return self.active
-        added = tuple(Rejection(ref.version, ref.digest, reason[:_MAX_REASON]) for ref in bad)
-        state = replace(state, rejected=(*state.rejected, *added)[-_MAX_REJECTED:])
-        if self._staged in bad:
+        for ref in {self._staged, state.active, state.wanted, state.previous} - {None}:
+            if ref is not None and ref.version == version:
+                self._rejections.add(version, ref.digest, reason)
+        if self._staged is not None and self._staged.digest in self._rejections:
             self._staged = None
-        if state.active in bad:
-            previous = state.previous
-            usable = previous is not None and not state.rejects(previous) and self._verifies(previous)
-            state = replace(state, active=previous if usable else None, previous=None)
-        elif state.previous in bad:
-            state = replace(state, previous=None)
-        self._save(state)
+        self._fall_back()
         return self.active
-
-    def _verifies(self, ref: PolicyRef) -> bool:
-        try:
-            self._check(self._bundles / ref.folder, ref)
-        except UntrustedPolicyError:
-            return False
-        return True
 
     def _take_in(self, announcements: Sequence[Announcement]) -> UntrustedPolicyError | None:
         refused: UntrustedPolicyError | None = None
@@ -263,9 +236,13 @@ class PolicySubscriber:
         _announced(verify(bundle, self._trust, known_base=known), wanted, bundle)
 
     def _fall_back(self) -> None:
-        """At start: an active bundle that no longer verifies gives way to the previous one, or to none."""
+        """An active bundle that no longer verifies, or was rejected, gives way to the previous one, or to none."""
         for ref in (self._state.active, self._state.previous):
-            if ref is None or self._state.rejects(ref) or not self._verifies(ref):
+            if ref is None or ref.digest in self._rejections:
+                continue
+            try:
+                self._check(self._bundles / ref.folder, ref)
+            except UntrustedPolicyError:
                 continue
             if ref != self._state.active:
                 self._save(replace(self._state, active=ref, previous=None))
@@ -290,21 +267,14 @@ class PolicySubscriber:
             if state.cohort == self._cohort:
                 return state
             os.replace(path, self._root / f"state-{state.cohort}.json")
-            rejected = state.rejected  # a policy that failed on this robot does so in every cohort
-        else:
-            rejected = ()
         before = self._root / f"state-{self._cohort}.json"
-        state = self._read(before) if before.exists() else _State(self._cohort)
-        known = {one.digest for one in rejected}
-        earlier = tuple(one for one in state.rejected if one.digest not in known)
-        return replace(state, rejected=(*earlier, *rejected)[-_MAX_REJECTED:])
+        return self._read(before) if before.exists() else _State(self._cohort)
 
     def _read(self, path: Path) -> _State:
         try:
             document = json.loads(path.read_bytes())
             for name in ("wanted", "active", "previous"):
                 document[name] = PolicyRef(**document[name]) if document[name] else None
-            document["rejected"] = tuple(Rejection(**one) for one in document.get("rejected", ()))
             state = _State(**document)
             if state.cohort not in COHORTS:
                 raise ValueError(f"unknown cohort {state.cohort!r}")

@@ -188,8 +188,8 @@ class Robot:
         self._contact.heartbeat(self._closed)
 
     def _follow(self, active: ActivePolicy | None) -> None:
-        """Run the active policy and no other. One that this robot activated and cannot load gives way to the one before;
-        without any, nothing acts."""
+        """Run the active policy and no other; one that cannot be loaded gives way to the one before. Without any,
+        nothing acts."""
         while active is not None:
             if self._running == active.bundle or self._load(active):
                 return

@@ -244,7 +244,8 @@ def _raise(error: BaseException) -> Callable[[], Any]:
 
 
 ODD_ANSWERS: list[Callable[[], Any]] = [
-    _raise(KeyError("x")), _raise(TypeError("x")), _raise(ValueError()), _raise(MemoryError()), _raise(OSError(5, "EIO")),
+    _raise(KeyError("x")), _raise(TypeError("x")), _raise(ValueError()), _raise(MemoryError()),
+    _raise(OSError(5, "EIO")),
     lambda: None, lambda: [], lambda: 3, lambda: ["snapshot"] * 9, lambda: [{"status": "snapshot"}],
 ]  # fmt: skip
 

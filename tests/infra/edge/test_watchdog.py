@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,4 +81,4 @@ def test_stamps_begin_at_nothing_and_go_strictly_forward() -> None:
     clock.start()
     stamps = [clock.stamp() for _ in range(5)]
     assert stamps[0] == 0 and stamps[1] == pytest.approx(0.4) and stamps[4] == pytest.approx(1.0)
-    assert all(later > earlier for earlier, later in zip(stamps, stamps[1:], strict=False))
+    assert all(later > earlier for earlier, later in itertools.pairwise(stamps))

@@ -41,7 +41,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def make(settings: Settings, make_env: Callable[[], SceneEnv] = SceneEnv, **fields: Any) -> Robot:
-    given = {"robot_id": "r0", "tasks": ("S1",), "drain_s": 5.0, "episodes": 1, "shield": SHIELD} | fields
+    given = {"robot_id": "r0", "tasks": ("S1",), "drain_s": 0.0, "episodes": 1, "shield": SHIELD} | fields
     return Robot(RobotConfig(**given), settings, threading.Event(), make_env)
 
 

@@ -176,6 +176,10 @@ class Shield:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._low, self._high = _up(np.asarray(limits.low)), _down(np.asarray(limits.high))
+        change = None if limits.change is None else np.asarray(limits.change)
+        # A limit that the action's own limits imply costs nothing.
+        self._change = None if change is None or (change >= self._high - self._low).all() else change
+        self._box = None if limits.workspace is None else _Box(limits.workspace)
         self.counts: Counter[str] = Counter()
         self.operator_counts: Counter[str] = Counter()
         self.reset()
@@ -262,9 +266,9 @@ class Shield:
             if limits.off_limits == "refuse":
                 return None, ("off_limits",)
             kinds = ("clamped",)
-        if limits.workspace is None:
+        if self._box is None:
             return target, kinds
-        inside = _within(limits.workspace, target, position)
+        inside = self._box.nearest(target, position)
         if inside is None:
             return None, (*kinds, "workspace")
         if (np.abs(inside - target) > _TOLERANCE).any():
@@ -283,9 +287,8 @@ class Shield:
         low, high = self._low, self._high
         if self._previous is not None:
             at = self._previous.astype(np.float64)
-            if self.limits.change is not None:
-                change = np.asarray(self.limits.change)
-                low, high = np.maximum(low, _up(at - change)), np.minimum(high, _down(at + change))
+            if self._change is not None:
+                low, high = np.maximum(low, _up(at - self._change)), np.minimum(high, _down(at + self._change))
             if self.limits.second_change is not None:
                 bend = np.asarray(self.limits.second_change)
                 moving = at if self._velocity is None else at + self._velocity
@@ -310,22 +313,27 @@ def _array(proposed: Any) -> Doubles | None:
         return None
 
 
-def _within(box: Workspace, target: Doubles, position: npt.ArrayLike | None) -> Doubles | None:
-    """The action nearest to `target` that ends in the box; None where that is not known."""
-    low, high, scale = np.asarray(box.low), np.asarray(box.high), np.asarray(box.scale)
-    at = np.zeros(len(low))
-    if box.relative:
-        measured = _array(position) if position is not None else None
-        if measured is None or measured.shape != low.shape or not np.isfinite(measured).all():
-            return None
-        at = measured
-    moved = target.copy()
-    axes = list(box.axes)
-    least, most = (low - at) / scale, (high - at) / scale
-    if box.relative:  # already outside: towards the box or nowhere, but not by force
-        least, most = np.minimum(least, 0.0), np.maximum(most, 0.0)
-    moved[axes] = np.clip(target[axes], least, most)
-    return moved
+class _Box:
+    """A workspace as arrays."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._low, self._high, self._scale = map(np.asarray, (workspace.low, workspace.high, workspace.scale))
+        self._axes, self._relative = list(workspace.axes), workspace.relative
+
+    def nearest(self, target: Doubles, position: npt.ArrayLike | None) -> Doubles | None:
+        """The action nearest to `target` that ends in the box; None where that is not known."""
+        if not self._relative:
+            least, most = self._low / self._scale, self._high / self._scale
+        else:
+            measured = _array(position) if position is not None else None
+            if measured is None or measured.shape != self._low.shape or not np.isfinite(measured).all():
+                return None
+            # Already outside: towards the box or nowhere, but not by force.
+            least = np.minimum((self._low - measured) / self._scale, 0.0)
+            most = np.maximum((self._high - measured) / self._scale, 0.0)
+        moved = target.copy()
+        moved[self._axes] = np.minimum(np.maximum(target[self._axes], least), most)
+        return moved
 
 
 def _up(values: Doubles) -> Floats:

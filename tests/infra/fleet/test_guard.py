@@ -75,13 +75,9 @@ def _some(value: float) -> Callable[[np.ndarray], Any]:
 
 FAULTS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
     "one NaN": (_some(np.nan), "non_finite"),
-    "one inf": (_some(-np.inf), "non_finite"),
     "a wrong shape": (lambda actions: actions[:, :, :4], "malformed"),
-    "a short chunk": (lambda actions: actions[:, :2], "malformed"),
-    "texts": (lambda actions: [["a"] * 5] * 5, "malformed"),
+    "texts": (lambda actions: [[["a"] * 5] * 5], "malformed"),
     "KeyError": (_raise(KeyError("x")), "fault"),
-    "TypeError": (_raise(TypeError()), "fault"),
-    "FloatingPointError": (_raise(FloatingPointError()), "fault"),
     "MemoryError": (_raise(MemoryError()), "fault"),
     "hangs": (lambda actions: FOREVER.wait(), "late"),
 }
@@ -233,9 +229,7 @@ def test_what_a_part_raises_costs_an_attempt_until_it_is_too_often(
         assert robot.run() == 1
         deployment.coordinate()
         (episode,) = deployment.episodes()
-        assert (
-            episode.extra["number"] == times and episode.policy_version == 1
-        )  # the sensor's fault is not the policy's
+        assert (episode.extra["number"], episode.policy_version) == (times, 1)  # a sensor's fault is no policy's
     else:
         with pytest.raises(UnavailableError, match=f"{MAX_FAILURES} attempts in a row"):
             robot.run()
@@ -243,8 +237,8 @@ def test_what_a_part_raises_costs_an_attempt_until_it_is_too_often(
     assert (journal.read_text().count("discarded") if journal.exists() else 0) == (0 if part == "reset" else times)
 
 
-@pytest.mark.parametrize("call", ["announcements", "heartbeat", "fetch", "measure"])
-@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), ValueError("x"), MemoryError()], ids=repr)
+@pytest.mark.parametrize(("call", "error"), [("announcements", TypeError("x")), ("heartbeat", KeyError("x")),
+                                             ("fetch", ValueError("x")), ("measure", MemoryError())])  # fmt: skip
 def test_what_the_contact_raises_leaves_the_robot_at_work(
     deployment: Deployment, settings: Settings, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
 ) -> None:

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from infra.edge import values
 from infra.edge.framelog import EpisodeEnd, EpisodeStart, Frame
 from infra.edge.server import MAX_BATCH, Status, Upload
 from infra.edge.spool import ClosedEpisode, Spool
 from infra.episode import SCHEMA_VERSION, Outcome, Source, new_episode_id
-from infra.errors import ConfigError, ConflictError, LwdError, StorageFullError, UnavailableError, named
+from infra.errors import ConflictError, LwdError, StorageFullError, UnavailableError, named
 from infra.telemetry import milestones
 from infra.telemetry.tracing import traceparent
 
@@ -53,7 +54,7 @@ class EdgeClient:
     """Records episodes of one robot and gets them to the server.
 
     Args:
-        robot_id: this robot's name, as the server knows it.
+        robot_id: this robot's name, as the server knows it; ConfigError if it is no text.
         spool: its spool.
         ingest: the server's port for this robot, embedded or remote.
         poll_s: pause between two passes of the background thread, seconds.
@@ -70,7 +71,7 @@ class EdgeClient:
         poll_s: float = 0.2,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.robot_id = robot_id
+        self.robot_id = values.text(robot_id, "robot_id")
         self.spool = spool
         self._ingest = ingest
         self._poll_s = poll_s
@@ -82,7 +83,7 @@ class EdgeClient:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._syncing = threading.Lock()
-        self._jitter = random.Random(robot_id)
+        self._jitter = random.Random(self.robot_id)
 
     # Recording
 
@@ -148,12 +149,13 @@ class EdgeClient:
             closed = self.spool.close(
                 EpisodeEnd(observation, timestamp, outcome, substep_scores, {} if extra is None else extra)
             )
-        except ConfigError as error:
-            if self.spool.recording:
-                self._refused_close = f"it could not be closed: {error.problem}"
-            raise
         except StorageFullError:
             self.discard("the spool was full")
+            raise
+        except Exception as error:
+            if self.spool.recording:
+                problem = error.problem if isinstance(error, LwdError) else named(error)
+                self._refused_close = f"it could not be closed: {problem}"
             raise
         self._refused_close = None
         if closed.changed:

@@ -146,6 +146,8 @@ class Limits:
         Raises:
             ConfigError: a field is unknown, missing, of a wrong type or size, or out of range.
         """
+        if not isinstance(document, Mapping):
+            raise ConfigError(f"shield: {document!r:.80} is no mapping", "give the fields of its limits")
         _known(document, {"action_dim", *cls.__dataclass_fields__}, "shield")
         dim = document.get("action_dim")
         _require(type(dim) is int and 0 < dim <= 1024, "action_dim", "be a whole number in 1..1024")

@@ -92,6 +92,9 @@ class Robot:
         config, settings: what to do and where.
         stop: set to end at the next boundary.
         make_env: makes the scene.
+
+    Raises:
+        ConfigError: an unknown task, or limits that this robot cannot keep to.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Robot:
     ) -> None:
         for key in config.tasks:
             task(key)
+        limits = _limits(config)
         self.config = config
         self._settings = settings
         self._stop = stop
@@ -118,7 +122,6 @@ class Robot:
         )
         self._contact = Contact(self._server, self.subscriber, spool, config.tasks, settings.poll_s)
         self._make_env = make_env
-        limits = Limits.of(load_callable(config.shield)()) if config.shield else Limits.box(ACTION_DIM)
         operator: Operator | None = TakeoverOperator(config.operator) if config.operator > 0 else None
         self._attempt = Attempt(
             self.client, make_env(), operator, Shield(limits), CONTROL_PERIOD, config.pace, config.patience
@@ -302,6 +305,19 @@ class Robot:
     def _write_progress(self) -> None:
         document = {"started": self._started, "closed": self._closed}
         write_durably(self._home / "progress.json", json.dumps(document).encode())
+
+
+def _limits(config: RobotConfig) -> Limits:
+    """The shield's limits, and whether this robot can keep to them."""
+    for name, value, least in (("pace", config.pace, 0.0), ("patience", config.patience, 1.0)):
+        if not least <= value < float("inf"):
+            raise ConfigError(f"{name} is {value}", f"give a number of at least {least:g}")
+    limits = Limits.of(load_callable(config.shield)()) if config.shield else Limits.box(ACTION_DIM)
+    if limits.action_dim != ACTION_DIM:
+        raise ConfigError(
+            f"the shield is of {limits.action_dim}-D actions, this robot of {ACTION_DIM}-D", "use its own contract"
+        )
+    return limits
 
 
 def connect(config: RobotConfig, settings: Settings) -> RobotServer:

@@ -279,3 +279,23 @@ def test_a_driver_that_calls_in_the_wrong_order_is_told_and_may_go_on(client: Ed
     client.record(frame())
     close(client)
     assert closed in client.spool.pending() and len(client.spool.pending()) == 2
+
+
+@pytest.mark.parametrize("robot_id", [None, 3, b"arm", ["arm"], "a\0b"])
+def test_a_robots_name_is_a_text(tmp_path: Path, robot_id: Any) -> None:
+    with pytest.raises(ConfigError, match="robot_id"):
+        EdgeClient(robot_id, Spool(tmp_path, max_bytes=2**20), Nowhere())
+
+
+def test_a_disk_that_fails_at_the_end_leaves_the_client_able_to_begin(
+    client: EdgeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(client)
+    client.record(frame())
+    with monkeypatch.context() as broken:
+        broken.setattr(client.spool, "_fsync", lambda: (_ for _ in ()).throw(OSError(5, "EIO")))
+        with pytest.raises(OSError, match="EIO"):
+            close(client)
+    begin(client)
+    client.record(frame())
+    assert close(client).steps == 1

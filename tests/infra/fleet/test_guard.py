@@ -17,7 +17,7 @@ from data_contracts.checks import check_episode, default_contract
 from infra.catalog import schema
 from infra.edge.inference import load_policy
 from infra.episode import Episode
-from infra.errors import UnavailableError
+from infra.errors import ConfigError, UnavailableError
 from infra.fleet import robot as robot_module
 from infra.fleet.operator import TakeoverOperator
 from infra.fleet.robot import MAX_FAILURES, Robot, RobotConfig
@@ -293,3 +293,18 @@ def test_a_report_of_safety_that_cannot_be_read_is_an_event(make_episode: Any, r
     episode.extra["safety"] = reported
     episode.extra["seed"] = 1
     assert result_of(episode).safety == {"unreadable_safety": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"pace": float("nan")}, "pace"), ({"pace": -1.0}, "pace"), ({"patience": 0.0}, "patience"),
+     ({"shield": "os:getcwd"}, "shield"), ({"shield": "nothing:here"}, "cannot load"),
+     ({"shield": f"{__name__}:of_another_arm"}, "7-D")],
+)  # fmt: skip
+def test_limits_that_the_robot_cannot_keep_to_are_named(settings: Settings, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make(settings, **fields)
+
+
+def of_another_arm() -> dict[str, Any]:
+    return {"action_dim": 7, "low": -1, "high": 1}

@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -180,9 +180,14 @@ class Spool:
             raise ConfigError(f"episode {episode_id} has no frame", "record each step before close(), or discard it")
         extra, changed = values.note(end.extra)
         record = close_record(replace(end, extra=extra), self._dims[0])
+        before = self._log_bytes
         with self._full_disk():
             self._append(record)
-            self._fsync()
+            try:
+                self._fsync()
+            except OSError:  # not closed: it may be tried again
+                self._cut(before)
+                raise
         with self._sealing:
             log = self._log(episode_id)
             self._release()
@@ -296,9 +301,20 @@ class Spool:
 
     def _append(self, record: bytes) -> None:
         assert self._fd is not None, "no episode is open"
-        if os.write(self._fd, record) != len(record):
-            raise OSError(errno.ENOSPC, "short write")
+        try:
+            if os.write(self._fd, record) != len(record):
+                raise OSError(errno.ENOSPC, "short write")
+        except OSError:
+            self._cut(self._log_bytes)
+            raise
         self._log_bytes += len(record)
+
+    def _cut(self, size: int) -> None:
+        """Take back what was written beyond `size`, so that the log stays whole and may go on."""
+        assert self._fd is not None
+        with suppress(OSError):
+            os.ftruncate(self._fd, size)
+        self._log_bytes = size
 
     def _fsync(self) -> None:
         assert self._fd is not None

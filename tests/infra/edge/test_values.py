@@ -296,6 +296,13 @@ def test_a_disk_that_fails_at_the_end_leaves_the_client_able_to_begin(
         broken.setattr(client.spool, "_fsync", lambda: (_ for _ in ()).throw(OSError(5, "EIO")))
         with pytest.raises(OSError, match="EIO"):
             close(client)
+    assert close(client).steps == 1  # tried again
     begin(client)
+    client.record(frame())
+    with monkeypatch.context() as broken:
+        broken.setattr(client.spool, "_fsync", lambda: (_ for _ in ()).throw(OSError(5, "EIO")))
+        with pytest.raises(OSError, match="EIO"):
+            close(client)
+    begin(client)  # or left
     client.record(frame())
     assert close(client).steps == 1

@@ -87,6 +87,7 @@ class Contract:
     action_dim: int
     observation_dim: int | None
     notes: tuple[Note, ...] = ()
+    shield: Mapping[str, Any] | None = None
 
     def rule(self, rule_id: str) -> Rule:
         """The rule of that id; ConfigError naming the nearest one if there is none."""
@@ -160,6 +161,7 @@ def _merge(contract: Contract, other: Contract) -> Contract:
         action_dim=other.action_dim,
         observation_dim=other.observation_dim,
         notes=contract.notes + other.notes,
+        shield=other.shield,
     )
 
 
@@ -231,6 +233,7 @@ class _Reader:
             action_dim=int(custom.get("action_dim", 5)),
             observation_dim=custom.get("observation_dim"),
             notes=tuple(self.notes),
+            shield=custom.get("shield"),
         )
         if name == "episode" and not contract.tasks:
             self.fail(("customProperties",), "no tasks are agreed on", "list them under the custom property `tasks`")
@@ -249,7 +252,9 @@ class _Reader:
                 self._unknown_fields(one, other, (*at, index))
 
     def _custom(self, name: str) -> dict[str, Any]:
-        valid = {"episode": ("includes", "tasks"), "transition": ("action_dim", "observation_dim")}.get(name, ())
+        valid = {"episode": ("includes", "tasks"), "transition": ("action_dim", "observation_dim", "shield")}.get(
+            name, ()
+        )
         found: dict[str, Any] = {}
         for index, entry in enumerate(self.raw.get("customProperties") or []):
             key, value = str(entry.get("property")), entry.get("value")
@@ -263,6 +268,8 @@ class _Reader:
                 continue
             if key.endswith("_dim") and (type(value) is not int or value < 1):
                 self.fail(at, f"{key} is {value!r}", "give a whole number of at least 1")
+            if key == "shield" and not isinstance(value, dict):
+                self.fail(at, f"shield is {value!r:.80}", "give a mapping, as in the packaged contract")
             if key == "includes":
                 for one in value if isinstance(value, list) else [value]:
                     if one != "transition":

@@ -11,7 +11,9 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
+from data_contracts.shield import default_shield
 from flows.console import progress
+from infra.edge.shield import Limits
 from infra.errors import CorruptDataError
 from infra.files import write_durably
 from infra.fleet.scene import CONTROL_PERIOD
@@ -65,7 +67,8 @@ def run_episodes(
     limits = limits_s(tasks)
     results: list[EpisodeResult] = []
     with progress(f"evaluate {title}", len(jobs)) as advance:
-        for episode in collect(jobs, bundle, source="rollout", workers=workers, envs=16):
+        shield = Limits.of(default_shield())
+        for episode in collect(jobs, bundle, source="rollout", limits=shield, workers=workers, envs=16):
             results.append(result_of(episode, seed=number[episode.extra["seed"]], limit_s=limits[episode.task]))
             advance(1, f"success {sum(r.success for r in results) / len(results):.2f}")
     return sorted(results, key=lambda r: (r.task, r.seed))

@@ -19,6 +19,7 @@ from infra.service.auth import Tokens
 from infra.supervisor import ProcessSpec
 
 CHECK = "data_contracts.checks:default_check"
+SHIELD = "data_contracts.shield:default_shield"
 RECONCILE_S = 60.0  # pause between two passes, seconds
 _TOKEN_DAYS = 30.0
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -57,7 +58,7 @@ def robot_specs(plane: Deployment, params: Params) -> list[ProcessSpec]:
             first = number % len(params.tasks)
             config = RobotConfig(
                 f"{_PREFIX[cohort]}{number}", params.tasks[first:] + params.tasks[:first], seed=params.seed,
-                operator=operator, cohort=cohort, pace=p.pace, drain_s=30.0,
+                operator=operator, cohort=cohort, pace=p.pace, drain_s=30.0, shield=SHIELD,
             )  # fmt: skip
             home, env = settings.home, robot_environment()
             if settings.profile == "fleet":

@@ -90,3 +90,12 @@ def named(value: object, limit: int = 80) -> str:
     except Exception:  # an integer of too many digits, a structure nested too deeply, a __repr__ that breaks
         text = f"<{type(value).__name__}>"
     return shown(text, limit)
+
+
+def summary(error: BaseException) -> str:
+    """An error's kind and text in one bounded line, for one of no known kind."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "no text"
+    return shown(f"{type(error).__name__}: {text}", 300)

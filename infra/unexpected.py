@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError, shown
+from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError, shown, summary
 
 _TEXT_MAX = 300  # characters of an unexpected error's text in a message
 # Of servers' clients, whose modules need not be there: by name, nothing is imported for it.
@@ -36,7 +36,7 @@ def explained(error: BaseException) -> LwdError:
     if isinstance(error, MemoryError):
         return LwdError("this machine's memory is used up", "end other programs, or use smaller parameters")
     return LwdError(
-        f"unexpected {type(error).__name__}: {_text(error)}",
+        f"unexpected {summary(error)}",
         f"this is a defect of LWD: report it with {_keep(error)}; what was acknowledged is not lost",
     )
 

@@ -21,6 +21,7 @@ GROUPS: dict[str, str] = {"short": "S", "long": "L"}
 """The suite's groups, by the first letter of a task's key."""
 
 ACTION_TOLERANCE = 1e-4
+_MOST_EVENTS = 10**9
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class EpisodeResult:
 def safety_counters(episode: Episode) -> dict[str, int]:
     """Unsafe events of an episode: steps with non-finite values or actions beyond the limits, and the robot's own.
 
-    The robot's own counters (emergency stops, collisions, ...) are `episode.extra["safety"]`: {name: count}.
+    The robot's own counters (of its shield, emergency stops, collisions, ...) are `episode.extra["safety"]`: {name:
+    count}. They can only add: what is no count of events there is counted as `unreadable_safety`.
     """
     finite = np.isfinite(episode.actions).all(axis=1)
     within = (np.abs(np.where(np.isfinite(episode.actions), episode.actions, 0.0)) <= 1 + ACTION_TOLERANCE).all(axis=1)
@@ -74,8 +76,12 @@ def safety_counters(episode: Episode) -> dict[str, int]:
         non_finite=int((~finite).sum() + (~np.isfinite(episode.observations)).any(axis=1).sum()),
         action_limit=int((~within).sum()),
     )
-    for name, count in episode.extra.get("safety", {}).items():
-        counts[name] += int(count)
+    reported = episode.extra.get("safety", {})
+    for name, count in reported.items() if isinstance(reported, dict) else [("", None)]:
+        if isinstance(name, str) and len(name) <= 64 and type(count) is int and 0 <= count <= _MOST_EVENTS:
+            counts[name] += count
+        else:
+            counts["unreadable_safety"] += 1
     return {name: count for name, count in sorted(counts.items()) if count}
 
 

@@ -6,24 +6,27 @@ closed is sent again at its next start; the service takes a repeated episode for
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from infra.edge import values
 from infra.edge.framelog import EpisodeEnd, EpisodeStart, Frame
 from infra.edge.server import MAX_BATCH, Status, Upload
 from infra.edge.spool import ClosedEpisode, Spool
 from infra.episode import SCHEMA_VERSION, Outcome, Source, new_episode_id
-from infra.errors import ConflictError, LwdError, StorageFullError, UnavailableError
+from infra.errors import ConflictError, LwdError, StorageFullError, UnavailableError, summary
 from infra.telemetry import milestones
 from infra.telemetry.tracing import traceparent
 
+_log = logging.getLogger("lwd.edge")
 BATCH_EPISODES, BATCH_BYTES = 16, 64 * 2**20  # of one submission; one larger episode goes alone
 
 
@@ -51,11 +54,12 @@ class EdgeClient:
     """Records episodes of one robot and gets them to the server.
 
     Args:
-        robot_id: this robot's name, as the server knows it.
+        robot_id: this robot's name, as the server knows it; ConfigError if it is no text.
         spool: its spool.
         ingest: the server's port for this robot, embedded or remote.
         poll_s: pause between two passes of the background thread, seconds.
         on_event: called with a word and its fields for each episode sent, confirmed, or failed; from the thread too.
+            What it raises is logged and goes no further.
     """
 
     def __init__(
@@ -67,17 +71,19 @@ class EdgeClient:
         poll_s: float = 0.2,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.robot_id = robot_id
+        self.robot_id = values.text(robot_id, "robot_id")
         self.spool = spool
         self._ingest = ingest
         self._poll_s = poll_s
-        self._on_event = on_event or (lambda event, fields: None)
-        self._episode: str | None = None
+        self._tell = on_event or (lambda event, fields: None)
+        self._refused_close: str | None = None  # why the open episode could not be closed
+        self._death: str | None = None  # of the thread that sends
+        self.unexpected = 0  # errors of no known kind, met while sending
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._syncing = threading.Lock()
-        self._jitter = random.Random(robot_id)
+        self._jitter = random.Random(self.robot_id)
 
     # Recording
 
@@ -86,28 +92,36 @@ class EdgeClient:
     ) -> str:
         """Open a new episode and return its id.
 
+        An attempt whose `close` was refused is discarded first, with that reason.
+
         Raises:
+            ConfigError: a field is not of its type, or an episode is open.
             StorageFullError: the spool is full; nothing was lost, call again once it was emptied.
+            UnavailableError: the thread that sends has died.
         """
+        self.check()
+        if self._refused_close is not None:
+            self.discard(self._refused_close)
         episode_id = episode_id or new_episode_id()
         self.spool.begin(
             EpisodeStart(episode_id, self.robot_id, task, instruction, source, policy_version, time.time())
         )
-        self._episode = episode_id
         return episode_id
 
     def record(self, frame: Frame) -> None:
         """Append one control step of the open episode.
 
         Raises:
+            ConfigError: no episode is open, or a field is not of its type; the episode goes on without this frame.
             StorageFullError: the spool is full; the open episode was discarded, the closed ones are untouched.
+            UnavailableError: the thread that sends has died; the frame was recorded.
         """
         try:
             self.spool.append(frame)
         except StorageFullError:
-            self.spool.discard("the spool was full")
-            self._episode = None
+            self.discard("the spool was full")
             raise
+        self.check()
 
     def close(
         self,
@@ -122,17 +136,50 @@ class EdgeClient:
         Args:
             observation: (D,) float32, the state after the last action.
             timestamp: its time, seconds since the episode's start.
+            extra: a note. What JSON cannot hold in it is replaced by a text or left out; the journal, an event and the
+                result's `changed` name it.
+
+        Raises:
+            ConfigError: no episode is open, it has no frame, or a field is not of its type. The attempt may be closed
+                again with other values; `begin` drops it.
+            StorageFullError: no room. An attempt that was not yet complete on the disk is discarded.
         """
-        began, self._episode = time.time(), None
-        closed = self.spool.close(EpisodeEnd(observation, timestamp, outcome, substep_scores, extra or {}))
+        began = time.time()
+        try:
+            closed = self.spool.close(
+                EpisodeEnd(observation, timestamp, outcome, substep_scores, {} if extra is None else extra)
+            )
+        except StorageFullError:
+            self.discard("the spool was full")
+            raise
+        except Exception as error:
+            if self.spool.recording:
+                problem = error.problem if isinstance(error, LwdError) else summary(error)
+                self._refused_close = f"it could not be closed: {problem}"
+            raise
+        self._refused_close = None
+        if closed.changed:
+            self._on_event("extra changed", {"episode_id": closed.episode_id, "keys": dict(closed.changed)})
         milestones.closed(closed.episode_id, self.robot_id, began)
         self._wake.set()
         return closed
 
     def discard(self, reason: str) -> None:
-        """Drop the open episode; the journal keeps the reason."""
+        """Drop the open episode, if any; the journal keeps the reason."""
+        self._refused_close = None
         self.spool.discard(reason)
-        self._episode = None
+
+    def check(self) -> None:
+        """Whether closed episodes are still being sent.
+
+        Raises:
+            UnavailableError: the thread that sends has died, with its reason; `start` begins another.
+        """
+        if self._death is not None:
+            raise UnavailableError(
+                f"the sending thread of robot {self.robot_id} has died: {self._death}",
+                "start the client again; what was closed waits in its spool",
+            )
 
     # Emptying
 
@@ -149,10 +196,11 @@ class EdgeClient:
                 group = pending[start : start + MAX_BATCH]
                 try:
                     statuses = self._ingest.statuses([(closed.episode_id, closed.sha256) for closed in group])
-                except LwdError as error:
+                    _one_each(statuses, group)
+                except Exception as error:
                     left = len(pending) - start
                     counts["failed"] += left
-                    self._on_event("trouble", {"episodes": left, "problem": error.problem})
+                    self._on_event("trouble", {"episodes": left, "problem": self._problem(error)})
                     break
                 lacking = []
                 for closed, status in zip(group, statuses, strict=True):
@@ -168,9 +216,12 @@ class EdgeClient:
         """Delete an episode that the server holds for good; what became of it."""
         if status == "committed":
             return "waiting"
+        if status not in ("snapshot", "quarantined"):  # deleting on a word that is not known would lose the episode
+            self._report(closed, TypeError(f"the server answers {status!r:.80} for a status"))
+            return "failed"
         try:
             self.spool.confirm(closed)
-        except OSError as error:
+        except Exception as error:
             self._report(closed, error)
             return "failed"
         self._on_event("confirmed", {"episode_id": closed.episode_id, "as": status})
@@ -184,19 +235,20 @@ class EdgeClient:
                 try:
                     self.spool.read(closed)  # what rotted on this disk is set aside
                     uploads[closed] = _upload(closed)
-                except (LwdError, OSError) as error:
+                except Exception as error:
                     self._report(closed, error)
                     counts["failed"] += 1
             if not uploads:
                 continue
-            outcomes: Sequence[Status | LwdError]
+            outcomes: Sequence[Status | Exception]
             began = time.time()
             try:
                 outcomes = self._ingest.submit_many(list(uploads.values()))
-            except LwdError as error:
+                _one_each(outcomes, uploads)
+            except Exception as error:
                 outcomes = [error] * len(uploads)
             for closed, outcome in zip(uploads, outcomes, strict=True):
-                if not isinstance(outcome, LwdError):
+                if not isinstance(outcome, Exception):
                     counts["sent"] += 1
                     milestones.uploaded(closed.episode_id, closed.size, began)
                     self._on_event("sent", {"episode_id": closed.episode_id, "bytes": closed.size})
@@ -220,7 +272,8 @@ class EdgeClient:
     def start(self) -> None:
         """Empty the spool in the background, until `stop`."""
         self._stop.clear()
-        self._thread = threading.Thread(target=self._run, name=f"sync-{self.robot_id}", daemon=True)
+        self._death = None
+        self._thread = threading.Thread(target=self._live, name=f"sync-{self.robot_id}", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -231,14 +284,22 @@ class EdgeClient:
             self._thread.join()
             self._thread = None
 
+    def _live(self) -> None:
+        """The thread's life; what ends it early is kept for `check`."""
+        try:
+            self._run()
+        except BaseException as error:
+            self._death = summary(error)
+            self._on_event("trouble", {"problem": f"the sending thread has died: {self._death}"})
+
     def _run(self) -> None:
         pause = self._poll_s
         while not self._stop.is_set():
             self._wake.clear()
             try:
                 troubled = self.sync().failed > 0
-            except LwdError as error:  # the spool itself: say so, the robot goes on recording
-                self._on_event("trouble", {"problem": error.problem})
+            except Exception as error:  # the spool itself: say so, the robot goes on recording
+                self._on_event("trouble", {"problem": self._problem(error)})
                 troubled = True
             # A server in trouble is asked ever less often, and not by the whole fleet at once.
             pause = min(pause * 2, 30.0) if troubled else self._poll_s
@@ -247,8 +308,28 @@ class EdgeClient:
                 self._stop.wait(self._poll_s)
 
     def _report(self, closed: ClosedEpisode, error: Exception) -> None:
-        problem = error.problem if isinstance(error, LwdError) else str(error)
-        self._on_event("trouble", {"episode_id": closed.episode_id, "problem": problem})
+        self._on_event("trouble", {"episode_id": closed.episode_id, "problem": self._problem(error)})
+
+    def _problem(self, error: Exception) -> str:
+        """What an error says; one of no known kind is counted, and its traceback logged once in a while."""
+        if isinstance(error, LwdError):
+            return error.problem
+        if not isinstance(error, OSError):
+            self.unexpected += 1
+            if self.unexpected & (self.unexpected - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+                _log.error("unexpected while sending, %d so far", self.unexpected, exc_info=error)
+        return summary(error)
+
+    def _on_event(self, event: str, fields: dict[str, Any]) -> None:
+        try:
+            self._tell(event, fields)
+        except Exception:  # a listener must not stop what it listens to
+            _log.exception("the listener failed at %s", event)
+
+
+def _one_each(answers: Sequence[object], asked: Sized) -> None:
+    if len(answers) != len(asked):
+        raise TypeError(f"the server gives {len(answers)} answers to {len(asked)} questions")
 
 
 def _upload(closed: ClosedEpisode) -> Upload:

@@ -10,20 +10,22 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from infra.episode import Episode, Outcome, Source
+from infra.edge import values
+from infra.episode import OUTCOMES, SOURCES, Episode, Outcome, Source
 from infra.errors import ConfigError, CorruptDataError
 
 _HEAD = struct.Struct("<IIc")  # payload bytes, crc32 of kind and payload, kind
 _STEP = struct.Struct("<Idf?")  # observation entries, timestamp, reward, intervention
 _BEGIN, _FRAME, _CLOSE = b"B", b"F", b"C"
 _MAX_RECORD = 16 * 2**20
+_LARGEST = float(np.finfo(np.float32).max)
 _FIX = "nothing to do: this attempt is discarded, earlier episodes are intact"
 
 
@@ -64,29 +66,61 @@ class EpisodeEnd:
 
 
 def begin_record(start: EpisodeStart) -> bytes:
-    """The first record of a log."""
-    return _record(_BEGIN, json.dumps(asdict(start), allow_nan=False).encode())
+    """The first record of a log.
+
+    Raises:
+        ConfigError: a field is not of its type.
+    """
+    version = start.policy_version
+    document = {
+        "episode_id": values.text(start.episode_id, "episode_id"),
+        "robot_id": values.text(start.robot_id, "robot_id"),
+        "task": values.text(start.task, "task"),
+        "instruction": values.text(start.instruction, "instruction"),
+        "source": values.text(start.source, "source", SOURCES),
+        "policy_version": None if version is None else values.whole(version, "policy_version"),
+        "started_at": values.number(start.started_at, "started_at"),
+    }
+    return _record(_BEGIN, json.dumps(document, allow_nan=False).encode())
 
 
 def frame_record(frame: Frame) -> bytes:
     """One control step as a record.
 
     Raises:
-        ConfigError: it is larger than a record may be, 16 MiB.
+        ConfigError: a field is not of its type, or the record is larger than one may be, 16 MiB.
     """
-    observation = np.ascontiguousarray(frame.observation, dtype="<f4")
-    action = np.ascontiguousarray(frame.action, dtype="<f4")
-    step = _STEP.pack(observation.size, frame.timestamp, frame.reward, frame.intervention)
+    observation = values.vector(frame.observation, "observation")
+    action = values.vector(frame.action, "action")
+    reward = values.number(frame.reward, "reward")
+    if abs(reward) > _LARGEST:
+        raise ConfigError(f"reward is {reward:g}, more than a float32 can hold", "give reward as 0 or 1")
+    timestamp = values.number(frame.timestamp, "timestamp")
+    step = _STEP.pack(observation.size, timestamp, reward, values.flag(frame.intervention, "intervention"))
     return _record(_FRAME, step + observation.tobytes() + action.tobytes())
 
 
-def close_record(end: EpisodeEnd) -> bytes:
-    """The last record of a log."""
+def frame_dims(record: bytes) -> tuple[int, int]:
+    """D and A of a frame's record."""
+    dims = int(_STEP.unpack_from(record, _HEAD.size)[0])
+    return dims, (len(record) - _HEAD.size - _STEP.size) // 4 - dims
+
+
+def close_record(end: EpisodeEnd, obs_dim: int | None = None) -> bytes:
+    """The last record of a log.
+
+    Args:
+        end: its `extra` holds JSON values only, as `values.note` makes them.
+        obs_dim: D of the episode's frames.
+
+    Raises:
+        ConfigError: a field other than `extra` is not of its type or size.
+    """
     document = {
-        "observation": np.asarray(end.observation, dtype="<f4").tobytes().hex(),
-        "timestamp": end.timestamp,
-        "outcome": end.outcome,
-        "substep_scores": list(end.substep_scores),
+        "observation": values.vector(end.observation, "observation", obs_dim).tobytes().hex(),
+        "timestamp": values.number(end.timestamp, "timestamp"),
+        "outcome": values.text(end.outcome, "outcome", OUTCOMES),
+        "substep_scores": values.vector_of_scores(end.substep_scores, "substep_scores"),
         "extra": end.extra,
     }
     return _record(_CLOSE, json.dumps(document, allow_nan=False).encode())
@@ -118,9 +152,9 @@ def _assemble(start: dict[str, Any], frames: list[bytes], end: dict[str, Any]) -
     for payload in frames:
         dims, *step = _STEP.unpack_from(payload)
         steps.append(step)
-        values = np.frombuffer(payload, dtype="<f4", offset=_STEP.size)
-        observations.append(values[:dims])
-        actions.append(values[dims:])
+        row = np.frombuffer(payload, dtype="<f4", offset=_STEP.size)
+        observations.append(row[:dims])
+        actions.append(row[dims:])
     observations.append(np.frombuffer(bytes.fromhex(end["observation"]), dtype="<f4"))
     return Episode(
         **start,

@@ -1,26 +1,33 @@
-"""A flow policy on a robot: numpy and safetensors only, no training code.
+"""A flow policy on a robot: numpy only, no training code.
 
 Reads the two files of a policy bundle and integrates the same flow as the learner's network, to 1e-4 of it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from infra.edge.bundle import Architecture, read_architecture, read_tensors
 from infra.errors import ConfigError, CorruptDataError
 
 Array = npt.NDArray[np.float32]
-FORMAT = 1
 CLIP = 10.0  # of the standardised observations, as in training
 EPSILON = 1e-5  # of LayerNorm
+_TRIAL = 64  # instructions tried when a policy is loaded
+
+
+@dataclass(frozen=True)
+class Embodiment:
+    """What a policy must fit: D observation and A action dimensions, and the sentences that it will be given."""
+
+    obs_dim: int
+    action_dim: int
+    instructions: tuple[str, ...] = ()
 
 
 class NumpyFlowPolicy:
@@ -32,33 +39,21 @@ class NumpyFlowPolicy:
         instructions: the sentences it knows.
     """
 
-    def __init__(self, architecture: dict[str, Any], tensors: dict[str, Array], version: int | None = None) -> None:
+    def __init__(self, architecture: Architecture, tensors: Mapping[str, Array], version: int | None = None) -> None:
         self.version = version
-        try:
-            self.horizon, self.action_dim = int(architecture["horizon"]), int(architecture["action_dim"])
-            self.obs_dim, self.blocks = int(architecture["obs_dim"]), int(architecture["blocks"])
-            self.flow_steps, self.kind = int(architecture["flow_steps"]), str(architecture["kind"])
-            self.noise_scale = float(architecture["noise_scale"])
-            self.instructions: tuple[str, ...] = tuple(architecture["instructions"])
-            self._mean, self._std = tensors["observation.mean"], tensors["observation.std"]
-            self._state = _pair(tensors, "state")
-            self._task, self._action = tensors["task.embedding"], tensors["action.weight"].T
-            layers = [f"block{i}" for i in range(self.blocks)]
-            self._in = [_pair(tensors, f"{name}.in") for name in layers]
-            self._out = [tensors[f"{name}.out.weight"].T for name in layers] if self.kind == "residual" else []
-            self._head = _pair(tensors, "head")
-            time = tensors["time.weight"]
-        except KeyError as error:
-            raise ConfigError(f"the policy bundle lacks {error}", "export the policy again with this version") from None
-        chunk = self.horizon * self.action_dim
-        expected = {"observation.mean": (self.obs_dim,), "action.weight": (time.shape[0], chunk)}
-        expected["task.embedding"] = (len(self.instructions), time.shape[0])
-        for name, shape in expected.items():
-            if tensors[name].shape != shape:
-                raise ConfigError(
-                    f"the policy bundle's {name} has shape {tensors[name].shape}, its architecture says {shape}",
-                    "export the policy again; weights and architecture are of different policies",
-                )
+        self.horizon, self.action_dim = architecture.horizon, architecture.action_dim
+        self.obs_dim, self.blocks = architecture.obs_dim, architecture.blocks
+        self.flow_steps, self.kind = architecture.flow_steps, architecture.kind
+        self.noise_scale = architecture.noise_scale
+        self.instructions = architecture.instructions
+        self._mean, self._std = tensors["observation.mean"], tensors["observation.std"]
+        self._state = _pair(tensors, "state")
+        self._task, self._action = tensors["task.embedding"], tensors["action.weight"].T
+        layers = [f"block{i}" for i in range(self.blocks)]
+        self._in = [_pair(tensors, f"{name}.in") for name in layers]
+        self._out = [tensors[f"{name}.out.weight"].T for name in layers] if self.kind == "residual" else []
+        self._head = _pair(tensors, "head")
+        time = tensors["time.weight"]
         frequencies = np.logspace(np.log10(np.pi / 2), np.log10(32 * np.pi), time.shape[1] // 2)
         angle = np.arange(self.flow_steps)[:, None] / self.flow_steps * frequencies
         self._times = (np.concatenate([np.sin(angle), np.cos(angle)], -1) @ time.T).astype(np.float32)
@@ -107,34 +102,67 @@ class NumpyFlowPolicy:
         return _norm(h) @ self._head[0] + self._head[1]
 
 
-def load_policy(bundle_dir: str | Path, version: int | None = None) -> NumpyFlowPolicy:
-    """Read a policy bundle.
+def load_policy(
+    bundle_dir: str | Path, version: int | None = None, embodiment: Embodiment | None = None
+) -> NumpyFlowPolicy:
+    """Read a policy bundle, and try the policy on made-up observations: what cannot run is refused here.
 
     Args:
         bundle_dir: holds `policy.safetensors` and `architecture.json`; verify its signature before.
         version: what to report as the policy's version.
+        embodiment: what it is to run on, where that is known.
 
     Raises:
-        CorruptDataError: a file is missing, truncated or not finite. ConfigError: of another format or architecture.
+        CorruptDataError: a file is missing, truncated or not finite, or actions are not. ConfigError: of another
+            format, architecture or embodiment, or something that this version does not know.
     """
     folder = Path(bundle_dir)
-    try:
-        architecture = json.loads((folder / "architecture.json").read_text())
-        tensors = load_file(folder / "policy.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    architecture = read_architecture(folder)
+    if embodiment is not None:
+        _fits(architecture, embodiment, folder)
+    tensors = read_tensors(folder, architecture.shapes)
+    if not (tensors["observation.std"] > 0).all():
         raise CorruptDataError(
-            f"policy bundle {folder} cannot be read ({error})", "fetch it again, or keep the last known good policy"
-        ) from error
-    if not isinstance(architecture, dict) or architecture.get("format") != FORMAT:
-        raise ConfigError(f"policy bundle {folder} is not of format {FORMAT}", "update the robot's client")
-    if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise CorruptDataError(
-            f"policy bundle {folder}: {bad[0]} is not finite", "do not deploy it; look at its training"
+            f"policy bundle {folder}: observation.std is not positive", "do not deploy it; export it again"
         )
-    return NumpyFlowPolicy(architecture["policy"], tensors, version)
+    policy = NumpyFlowPolicy(architecture, tensors, version)
+    _try(policy, tensors["observation.mean"], tensors["observation.std"], folder)
+    return policy
 
 
-def _pair(tensors: dict[str, Array], name: str) -> tuple[Array, Array]:
+def _fits(architecture: Architecture, embodiment: Embodiment, folder: Path) -> None:
+    found = (architecture.obs_dim, architecture.action_dim)
+    if found != (embodiment.obs_dim, embodiment.action_dim):
+        raise ConfigError(
+            f"policy bundle {folder} is of {found[0]}-D observations and {found[1]}-D actions, this robot of "
+            f"{embodiment.obs_dim}-D and {embodiment.action_dim}-D",
+            "run the policy on the embodiment that it was trained for",
+        )
+    if unknown := [one for one in embodiment.instructions if one not in architecture.instructions]:
+        raise ConfigError(
+            f"policy bundle {folder} does not know the instruction {unknown[0]!r}",
+            "train it with this robot's tasks, or give the robot others",
+        )
+
+
+def _try(policy: NumpyFlowPolicy, mean: Array, std: Array, folder: Path) -> None:
+    """One inference each on an ordinary observation and on two at the ends of their range."""
+    instructions = policy.instructions[:_TRIAL]
+    shape = (len(instructions), policy.horizon, policy.action_dim)
+    with np.errstate(all="ignore"):
+        for sigma in (0.0, -CLIP, CLIP):
+            observation = np.clip(mean + sigma * std, np.finfo(np.float32).min, np.finfo(np.float32).max)
+            noise = np.full(shape, np.sign(sigma), np.float32)
+            chunks = policy.act(np.tile(observation.astype(np.float32), (len(instructions), 1)), instructions, noise)
+            if chunks.shape != shape or not np.isfinite(chunks).all():
+                raise CorruptDataError(
+                    f"policy bundle {folder}: its actions for an observation {sigma:g} standard deviations from the "
+                    "mean are not finite",
+                    "do not deploy it; look at its training",
+                )
+
+
+def _pair(tensors: Mapping[str, Array], name: str) -> tuple[Array, Array]:
     return tensors[f"{name}.weight"].T, tensors[f"{name}.bias"]
 
 

@@ -58,7 +58,8 @@ class Heartbeat:
         active_version, staged_version: of its policies, where it has one.
         episodes: closed in all its lives.
         details: `pid`, `tasks`, `refused` (why it takes no policy), `spool_bytes`, `spool_limit`, `spool_episodes`,
-            `ended` (its last word); each optional.
+            `ended` (its last word), `refusals` (policies that it found unfit: {version, reason}), `help` (why a person
+            should look at it), `safety` (what its shield counted, by kind); each optional.
     """
 
     active_version: int | None

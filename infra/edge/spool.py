@@ -19,28 +19,46 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from infra.edge.framelog import EpisodeEnd, EpisodeStart, Frame, begin_record, close_record, frame_record, read_log
+from infra.edge import values
+from infra.edge.framelog import (
+    EpisodeEnd,
+    EpisodeStart,
+    Frame,
+    begin_record,
+    close_record,
+    frame_dims,
+    frame_record,
+    read_log,
+)
 from infra.episode import EPISODE_ID, Episode, encode
 from infra.errors import ConfigError, ConflictError, CorruptDataError, StorageFullError
 from infra.files import write_durably
 
+_CLOSED = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{64})\.tar")
 _TAR_OVERHEAD = 16384  # headers, padding and the end blocks of a one-episode tar
 
 
 @dataclass(frozen=True)
 class ClosedEpisode:
-    """A finished episode waiting in the spool."""
+    """A finished episode waiting in the spool.
+
+    Attributes:
+        changed: (key, why) of what `extra` could not hold as it was given; known when it is closed only.
+    """
 
     episode_id: str
     sha256: str
     size: int
     path: Path
+    changed: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 class Spool:
@@ -71,8 +89,10 @@ class Spool:
                 f"spool {self.root} belongs to another running process",
                 "stop that robot, or give this one its own name",
             ) from error
+        self._sealing = threading.Lock()  # of the recording and the sending thread: one makes or seals logs at a time
         self._fd: int | None = None
         self._start: EpisodeStart | None = None
+        self._dims: tuple[int, int] | None = None  # D and A of the open episode, from its first frame
         self._log_bytes = 0
         self._others = 0  # bytes of everything but the open log, when it was opened
         self._synced = 0.0
@@ -80,61 +100,114 @@ class Spool:
 
     # Recording
 
+    @property
+    def recording(self) -> str | None:
+        """The id of the open episode."""
+        return self._start.episode_id if self._start is not None else None
+
     def begin(self, start: EpisodeStart) -> None:
         """Open the log of a new episode.
 
         Raises:
-            ConfigError: the id is malformed, or an episode is open already.
+            ConfigError: a field is not of its type, the id is malformed or was used, or an episode is open already.
             StorageFullError: no room; episodes that are closed stay and can still be sent.
         """
-        if not EPISODE_ID.match(start.episode_id):
+        if not isinstance(start.episode_id, str) or not EPISODE_ID.fullmatch(start.episode_id):
             raise ConfigError(
-                f"episode id {start.episode_id!r} is not 32 lower-case hex digits", "use infra.episode.new_episode_id()"
+                f"episode id {start.episode_id!r:.80} is not 32 lower-case hex digits",
+                "use infra.episode.new_episode_id()",
             )
         if self._start is not None:
             raise ConfigError(f"episode {self._start.episode_id} is still open", "close or discard it first")
         record = begin_record(start)
         self._others = self.used_bytes()
         self._require(self._others + 2 * len(record) + _TAR_OVERHEAD)
-        with self._full_disk():
-            self._fd = os.open(self._log(start.episode_id), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-            self._start, self._log_bytes = start, 0
-            self._append(record)
-            self._fsync()
+        log = self._log(start.episode_id)
+        with self._sealing, self._full_disk():
+            try:
+                self._fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            except FileExistsError as error:
+                raise ConfigError(
+                    f"episode {start.episode_id} has a log already", "give each attempt an id of its own"
+                ) from error
+            self._start, self._log_bytes, self._dims = start, 0, None
+            try:
+                self._append(record)
+                self._fsync()
+            except OSError:  # nothing is recorded yet: leave no half a log, and nothing open
+                self._release()
+                log.unlink(missing_ok=True)
+                raise
 
     def append(self, frame: Frame) -> None:
         """Append one frame. Survives SIGKILL at once, and a power cut once `fsync_s` has passed.
 
         Raises:
+            ConfigError: no episode is open, or a field is not of its type or of another size than in the frames before;
+                the episode goes on without this frame.
             StorageFullError: no room; call `discard`, the closed episodes are untouched.
         """
+        if self._start is None:
+            raise ConfigError("no episode is open", "call begin() before record()")
         record = frame_record(frame)
+        dims = frame_dims(record)
+        if self._dims not in (None, dims):
+            raise ConfigError(
+                f"a frame of (observation, action) sizes {dims} in an episode of {self._dims}",
+                "record frames of one size, or discard the attempt",
+            )
         # The sealed tar is written beside the log before the log goes: room for both, or stop now.
         self._require(self._others + 2 * (self._log_bytes + len(record)) + _TAR_OVERHEAD)
         with self._full_disk():
             self._append(record)
+            self._dims = dims
             if time.monotonic() - self._synced >= self.fsync_s:
                 self._fsync()
 
     def close(self, end: EpisodeEnd) -> ClosedEpisode:
         """Finish the open episode: close record, fsync, seal into its tar.
 
+        What of `extra` JSON cannot hold is replaced or left out, and named in the journal and in `changed`.
+
         Raises:
-            ConfigError: no episode is open.
-            StorageFullError: no room to seal; the log stays and is sealed when the spool is opened again.
+            ConfigError: no episode is open, it has no frame, or a field is not of its type: the episode is still open.
+            StorageFullError: no room to seal; the log stays and is sealed once there is room.
         """
         if self._start is None:
             raise ConfigError("no episode is open", "call begin() before close()")
-        record = close_record(end)
+        episode_id = self._start.episode_id
+        if self._dims is None:
+            raise ConfigError(f"episode {episode_id} has no frame", "record each step before close(), or discard it")
+        extra, changed = values.note(end.extra)
+        record = close_record(replace(end, extra=extra), self._dims[0])
+        before = self._log_bytes
         with self._full_disk():
             self._append(record)
-            self._fsync()
-        log = self._log(self._start.episode_id)
-        self._release()
-        return self._seal(log, read_log(log))
+            try:
+                self._fsync()
+            except OSError:  # not closed: it may be tried again
+                self._cut(before)
+                raise
+        with self._sealing:
+            log = self._log(episode_id)
+            self._release()
+            try:
+                closed = self._seal(log, read_log(log))
+            except StorageFullError:
+                self._unsealed = True
+                raise
+        if changed:
+            self._journal(
+                "extra changed", episode_id, "; ".join(f"{key}: {why}" for key, why in changed.items())[:2000]
+            )
+        return replace(closed, changed=tuple(changed.items()))
 
     def discard(self, reason: str) -> None:
-        """Drop the open episode, if any, and say why in the journal."""
+        """Drop the open episode, if any, and say why in the journal.
+
+        Raises:
+            StorageFullError: not even the journal has room; the episode is dropped all the same.
+        """
         if self._start is None:
             return
         episode_id = self._start.episode_id
@@ -147,12 +220,13 @@ class Spool:
         """The closed episodes, oldest first."""
         found = []
         for path in self._closed_dir.glob("*.tar"):
-            episode_id, sha256, _ = path.name.split(".")
+            if (named := _CLOSED.fullmatch(path.name)) is None:  # not written by a spool
+                continue
             try:
                 stat = path.stat()
             except FileNotFoundError:  # confirmed by the sync thread meanwhile
                 continue
-            found.append((stat.st_mtime_ns, ClosedEpisode(episode_id, sha256, stat.st_size, path)))
+            found.append((stat.st_mtime_ns, ClosedEpisode(named[1], named[2], stat.st_size, path)))
         return [closed for _, closed in sorted(found, key=lambda pair: (pair[0], pair[1].episode_id))]
 
     def read(self, closed: ClosedEpisode) -> bytes:
@@ -172,8 +246,9 @@ class Spool:
     def confirm(self, closed: ClosedEpisode) -> None:
         """Delete an episode that the server holds in a snapshot or in quarantine. Only then."""
         closed.path.unlink(missing_ok=True)
-        if self._unsealed and self._start is None:
-            self._recover()
+        with self._sealing:  # else the log that begin() has just made would be taken for a dead robot's
+            if self._unsealed and self._start is None:
+                self._recover()
 
     def set_aside(self, closed: ClosedEpisode, reason: str) -> None:
         """Keep an episode that can never be sent, and say why in the journal."""
@@ -226,9 +301,20 @@ class Spool:
 
     def _append(self, record: bytes) -> None:
         assert self._fd is not None, "no episode is open"
-        if os.write(self._fd, record) != len(record):
-            raise OSError(errno.ENOSPC, "short write")
+        try:
+            if os.write(self._fd, record) != len(record):
+                raise OSError(errno.ENOSPC, "short write")
+        except OSError:
+            self._cut(self._log_bytes)
+            raise
         self._log_bytes += len(record)
+
+    def _cut(self, size: int) -> None:
+        """Take back what was written beyond `size`, so that the log stays whole and may go on."""
+        assert self._fd is not None
+        with suppress(OSError):
+            os.ftruncate(self._fd, size)
+        self._log_bytes = size
 
     def _fsync(self) -> None:
         assert self._fd is not None
@@ -238,7 +324,7 @@ class Spool:
     def _release(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
-        self._fd, self._start, self._log_bytes = None, None, 0
+        self._fd, self._start, self._dims, self._log_bytes = None, None, None, 0
 
     def _require(self, total: int) -> None:
         if total > self.max_bytes:
@@ -259,7 +345,12 @@ class Spool:
             ) from error
 
     def _drop_log(self, log: Path, reason: str) -> None:
-        self._journal("discarded", log.stem, reason)
+        try:
+            self._journal("discarded", log.stem, reason)
+        except OSError:  # a full disk: the log makes the room for the line about it
+            log.unlink(missing_ok=True)
+            with self._full_disk():
+                self._journal("discarded", log.stem, reason)
         log.unlink(missing_ok=True)
 
     def _journal(self, event: str, episode_id: str, reason: str) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from infra.edge.server import Heartbeat, Latency, RobotServer
 from infra.edge.spool import Spool
-from infra.errors import LwdError, StorageFullError, UnavailableError, UntrustedPolicyError
+from infra.errors import LwdError, StorageFullError, UnavailableError, UntrustedPolicyError, summary
 from infra.policy.subscriber import ActivePolicy, PolicySubscriber
 from infra.process import backoff
 
 _HEARTBEAT_S = 1.0  # an idle robot says so at least this often
 _AWAY_MAX_S = 10.0  # between two looks at a server that is away
+_MAX_REFUSALS, _MAX_REASON = 16, 300
 _log = logging.getLogger("lwd.robot")
 
 
@@ -38,6 +40,8 @@ class Contact:
 
     Attributes:
         refusal: why the robot does not take the policy that it is to run; empty while it does.
+        help: why a person should look at this robot; empty while none need.
+        safety: what the shield counted in this life of the robot, by kind.
     """
 
     def __init__(
@@ -49,6 +53,9 @@ class Contact:
         self._tasks = list(tasks)
         self._poll_s = poll_s
         self.refusal = ""
+        self.help = ""
+        self.safety: Counter[str] = Counter()
+        self._refused: dict[int, str] = {}  # versions that cannot be loaded here, and why; the newest last
         self._told: tuple[object, ...] = ()
         self._told_at = 0.0
         self._failures = 0  # in a row
@@ -77,13 +84,27 @@ class Contact:
         except UnavailableError as error:
             self._away(error)
             return
+        except LwdError:
+            raise
+        except Exception as error:
+            self._away(_unexpected(error))
+            return
         self._reached()
         staged = self._subscriber.staged
         if waited_for and staged is not None and staged != before:
             self.measure("publish_to_staged_s", staged)
 
-    def refuse(self, error: LwdError) -> None:
-        """A policy cannot be taken: said once for each reason, not at every boundary."""
+    def refuse(self, error: LwdError, version: int | None = None) -> None:
+        """A policy cannot be taken: said once for each reason, not at every boundary.
+
+        Args:
+            version: the policy's, where it is this robot that finds it unfit: the registry is told of it.
+        """
+        if version is not None:
+            self._refused.pop(version, None)
+            self._refused[version] = error.problem[:_MAX_REASON]
+            while len(self._refused) > _MAX_REFUSALS:
+                del self._refused[next(iter(self._refused))]
         if error.problem != self.refusal:
             self.refusal = error.problem
             say("policy refused", logging.ERROR, problem=error.problem)
@@ -96,7 +117,8 @@ class Contact:
             ended: this is its last word.
         """
         active, staged = self._subscriber.active, self._subscriber.staged
-        told = (active, staged, closed, self.refusal, ended)
+        refusals = self._refusals()
+        told = (active, staged, closed, self.refusal, self.help, len(refusals), ended)
         now = time.monotonic()
         if now < self._ask_at or (told == self._told and now - self._told_at < _HEARTBEAT_S):
             return
@@ -104,6 +126,9 @@ class Contact:
             "pid": os.getpid(),
             "tasks": self._tasks,
             "refused": self.refusal[:1000] or None,
+            "refusals": refusals,
+            "help": self.help[:_MAX_REASON] or None,
+            "safety": {kind: count for kind, count in sorted(self.safety.items()) if count},
             "spool_bytes": self._spool.used_bytes(),
             "spool_limit": self._spool.max_bytes,
             "spool_episodes": len(self._spool.pending()),
@@ -115,6 +140,11 @@ class Contact:
         except (UnavailableError, StorageFullError) as error:
             self._away(error)
             return
+        except LwdError:
+            raise
+        except Exception as error:
+            self._away(_unexpected(error))
+            return
         self._told, self._told_at = told, now
         self._reached()
 
@@ -124,6 +154,15 @@ class Contact:
             self._server.measure(name, policy.version, policy.announced_at)
         except (UnavailableError, StorageFullError) as error:
             self._away(error)
+        except LwdError:
+            raise
+        except Exception as error:
+            self._away(_unexpected(error))
+
+    def _refusals(self) -> list[dict[str, object]]:
+        """Policies that this robot found unfit, the newest last: those that failed at work, and those not loaded."""
+        found = {one.version: one.reason for one in self._subscriber.rejected} | self._refused
+        return [{"version": version, "reason": reason} for version, reason in list(found.items())[-_MAX_REFUSALS:]]
 
     def _away(self, error: LwdError) -> None:
         if not self._failures:
@@ -135,3 +174,9 @@ class Contact:
         if self._failures:
             say("online again", failures=self._failures)
         self._failures = 0
+
+
+def _unexpected(error: Exception) -> UnavailableError:
+    """A server that answers what nobody expects is as good as none; the traceback is in the log."""
+    _log.error("unexpected answer", exc_info=error)
+    return UnavailableError(f"the server's answer cannot be used ({summary(error)})", "look at the server")

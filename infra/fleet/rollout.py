@@ -7,34 +7,24 @@ run side by side (up to the rounding of a batched matrix product in the policy).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from infra.edge.clock import Clock
+from infra.edge.shield import Limits, Shield
+from infra.edge.watchdog import ActionPolicy
 from infra.episode import Episode, Outcome, Source, new_episode_id
-from infra.errors import ConfigError
+from infra.errors import ConfigError, CorruptDataError, LwdError, summary
 from infra.fleet.experts import NOISE_CORRELATION
 from infra.fleet.operator import ExpertOperator, Operator
-from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD, SceneEnv
+from infra.fleet.scene import ACTION_DIM, SceneEnv
 from infra.fleet.tasks import task
 
 Floats = npt.NDArray[np.float32]
-
-
-class ActionPolicy(Protocol):
-    """What acts: `horizon` H actions a plan, and the version that the episodes are labelled with."""
-
-    @property
-    def horizon(self) -> int: ...
-
-    @property
-    def version(self) -> int | None: ...
-
-    def act(self, observations: Floats, instructions: Sequence[str], noise: Floats) -> Floats:
-        """Chunks (B, H, A) for observations (B, D), one instruction a row and standard normal noise (B, H, A)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,9 @@ class _Running:
     observations: list[Floats]
     disturbance: npt.NDArray[np.float64]
     started_at: float
+    shield: Shield
+    clock: Clock
+    timestamps: list[float]
     chunk: Floats | None = None
     cursor: int = 0
     driven: bool = False  # by the operator
@@ -80,6 +73,7 @@ def run_jobs(
     on_episode: Callable[[Episode], None] | None = None,
     again: Callable[[Job, Episode], Job | None] | None = None,
     robot_id: str = "sim",
+    limits: Limits | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> list[Episode]:
     """Run every job to its end; episodes in the order of the jobs. See `iterate_jobs` for the arguments."""
@@ -93,6 +87,7 @@ def run_jobs(
         operator=operator,
         again=again,
         robot_id=robot_id,
+        limits=limits,
         stop=stop,
     ):
         done[index] = episode
@@ -111,6 +106,7 @@ def iterate_jobs(
     operator: Callable[[], Operator] | None = None,
     again: Callable[[Job, Episode], Job | None] | None = None,
     robot_id: str = "sim",
+    limits: Limits | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[int, Episode]]:
     """Run jobs and yield (index of the job, episode) as each ends.
@@ -123,6 +119,8 @@ def iterate_jobs(
         operator: makes one operator for each scene; asked before every control step, in control until the end.
         again: asked at the end of each episode; a job that it returns is run in the place of the one that ended, whose
             episode is dropped.
+        limits: of the shield that every action passes; without them the action's limits alone. Its counts are
+            `extra["safety"]` of the episode.
         stop: asked between control steps; True ends the run, dropping unfinished episodes.
 
     Raises:
@@ -137,7 +135,7 @@ def iterate_jobs(
             while len(running) < envs and (item := next(waiting, None)) is not None:
                 index, job = item
                 scene = scenes.pop() if scenes else SceneEnv()
-                running[index] = _start(scene, job, operator)
+                running[index] = _start(scene, job, operator, limits)
             if not running or (stop is not None and stop()):
                 return
             replanning = [run for run in running.values() if _needs_plan(run, execute)]
@@ -150,7 +148,7 @@ def iterate_jobs(
                 episode = _finish(run, outcome, policy, source, robot_id)
                 retry = again(run.job, episode) if again is not None else None
                 if retry is not None:
-                    running[index] = _start(run.env, retry, operator)
+                    running[index] = _start(run.env, retry, operator, limits)
                     continue
                 del running[index]
                 scenes.append(run.env)
@@ -163,6 +161,13 @@ def iterate_jobs(
 def generator(job: Job) -> np.random.Generator:
     """The generator of everything random in the job's episode that the scene itself does not draw."""
     return np.random.default_rng([job.seed, 1])
+
+
+def shield_counts(shield: Shield) -> dict[str, dict[str, int]]:
+    """What the shield altered, for the episode's `extra`: `safety` of the policy's actions, `operator_safety` of the
+    operator's; each only where there was something."""
+    both = (("safety", shield.counts), ("operator_safety", shield.operator_counts))
+    return {name: dict(sorted(counts.items())) for name, counts in both if counts}
 
 
 def _check(policy: ActionPolicy | None, execute: int | None, operator: Callable[[], Operator] | None) -> int:
@@ -179,14 +184,17 @@ def _check(policy: ActionPolicy | None, execute: int | None, operator: Callable[
     return execute
 
 
-def _start(scene: SceneEnv, job: Job, operator: Callable[[], Operator] | None) -> _Running:
+def _start(scene: SceneEnv, job: Job, operator: Callable[[], Operator] | None, limits: Limits | None) -> _Running:
     task(job.task)
     observation, _ = scene.reset(seed=job.seed, options={"task": job.task})
     rng = generator(job)
     watcher = operator() if operator is not None else None
     if watcher is not None:
         watcher.reset(scene, np.random.default_rng([job.seed, 2]))
-    return _Running(scene, job, watcher, rng, [observation], np.zeros(ACTION_DIM), time.time())
+    clock = Clock(lambda: scene.time)
+    shield = Shield(limits or Limits.box(ACTION_DIM))
+    disturbance = np.zeros(ACTION_DIM)
+    return _Running(scene, job, watcher, rng, [observation], disturbance, time.time(), shield, clock, [clock.stamp()])
 
 
 def _needs_plan(run: _Running, execute: int) -> bool:
@@ -201,9 +209,18 @@ def _replan(policy: ActionPolicy | None, runs: list[_Running]) -> None:
     assert policy is not None  # _check
     observations = np.stack([run.observations[-1] for run in runs])
     noise = np.stack([run.rng.standard_normal((policy.horizon, ACTION_DIM), np.float32) for run in runs])
-    chunks = policy.act(observations, [run.env.instruction for run in runs], noise)
-    if chunks.shape != noise.shape:
-        raise ConfigError(f"the policy gave actions {chunks.shape}, not {noise.shape}", "use a policy of this fleet")
+    try:
+        with np.errstate(all="ignore"):  # what is not finite, the shield finds
+            chunks = policy.act(observations, [run.env.instruction for run in runs], noise)
+    except LwdError:
+        raise
+    except Exception as error:
+        raise CorruptDataError(
+            f"policy {policy.version}: inference raised {summary(error)}", "look at the policy's bundle"
+        ) from error
+    shape = getattr(chunks, "shape", None)
+    if shape != noise.shape:
+        raise ConfigError(f"the policy gave actions {shape}, not {noise.shape}", "use a policy of this fleet")
     for run, chunk in zip(runs, chunks, strict=True):
         run.chunk, run.cursor = np.asarray(chunk, np.float32), 0
 
@@ -211,18 +228,19 @@ def _replan(policy: ActionPolicy | None, runs: list[_Running]) -> None:
 def _step(run: _Running) -> Outcome | None:
     if run.driven:
         assert run.operator is not None
-        action = run.operator.act(run.env)
+        proposed = run.operator.act(run.env)
     else:
         assert run.chunk is not None  # _needs_plan
-        action = run.chunk[run.cursor]
+        proposed = run.chunk[run.cursor]
         run.cursor += 1
         if run.job.perturbation:
             drawn = run.rng.standard_normal(ACTION_DIM) * run.job.perturbation
             run.disturbance = NOISE_CORRELATION * run.disturbance + np.sqrt(1 - NOISE_CORRELATION**2) * drawn
-            action = action + run.disturbance.astype(np.float32)
-    action = np.clip(action, -1.0, 1.0).astype(np.float32)  # recorded as executed
+            proposed = proposed + run.disturbance.astype(np.float32)
+    action = run.shield.apply(proposed, position=run.env.effector, operator=run.driven)  # recorded as executed
     observation, reward, terminated, truncated, info = run.env.step(action)
     run.observations.append(observation)
+    run.timestamps.append(run.clock.stamp())
     run.actions.append(action)
     run.rewards.append(reward)
     run.intervention.append(run.driven)
@@ -232,7 +250,6 @@ def _step(run: _Running) -> Outcome | None:
 
 
 def _finish(run: _Running, outcome: Outcome, policy: ActionPolicy | None, source: Source, robot_id: str) -> Episode:
-    steps = len(run.actions)
     flagged = np.array(run.intervention, bool) & (source != "demo")
     extra: dict[str, Any] = {"seed": run.job.seed}
     if run.job.kind:
@@ -241,6 +258,7 @@ def _finish(run: _Running, outcome: Outcome, policy: ActionPolicy | None, source
         extra["perturbation"] = run.job.perturbation
     if flagged.any():
         extra["takeover_step"] = int(flagged.argmax())
+    extra |= shield_counts(run.shield)
     return Episode(
         episode_id=new_episode_id(),
         robot_id=robot_id,
@@ -253,7 +271,7 @@ def _finish(run: _Running, outcome: Outcome, policy: ActionPolicy | None, source
         actions=np.stack(run.actions),
         rewards=np.array(run.rewards, np.float32),
         intervention=flagged,
-        timestamps=np.arange(steps + 1, dtype=np.float64) * CONTROL_PERIOD,
+        timestamps=np.array(run.timestamps),
         substep_scores=run.env.substep_scores,
         started_at=run.started_at,
         extra=extra,

@@ -142,6 +142,11 @@ class SceneEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
         return self._steps
 
     @property
+    def time(self) -> float:
+        """Seconds of simulated time since the reset: the physics' own clock."""
+        return float(self._data.time)
+
+    @property
     def arm_bounds(self) -> Array:
         """(2, 3) metres: where free effector positions are drawn from."""
         return self._t.arm_bounds

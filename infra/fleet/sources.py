@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from infra.edge.shield import Limits
+from infra.edge.watchdog import ActionPolicy
 from infra.episode import Episode, Source, decode, encode
 from infra.errors import ConfigError, LwdError, UnavailableError
 from infra.fleet.operator import ExpertOperator, Operator, PlayOperator
-from infra.fleet.rollout import ActionPolicy, Job, iterate_jobs
+from infra.fleet.rollout import Job, iterate_jobs
 from infra.fleet.tasks import TASKS, task
 
 DEMO_NOISE = 0.15
@@ -126,6 +128,7 @@ def collect(
     execute: int | None = None,
     operator: Callable[[], Operator] | None = None,
     again: Callable[[Job, Episode], Job | None] | None = None,
+    limits: Limits | None = None,
     workers: int = 1,
     envs: int = 8,
 ) -> Iterator[Episode]:
@@ -135,7 +138,7 @@ def collect(
 
     Args:
         policy: a bundle's folder; with `workers=0` also a loaded policy.
-        operator, again: as in `iterate_jobs`; picklable when there are workers.
+        operator, again, limits: as in `iterate_jobs`; picklable when there are workers.
 
     Raises:
         ConfigError: see `iterate_jobs`; a loaded policy was given to worker processes.
@@ -146,6 +149,7 @@ def collect(
         "execute": execute,
         "operator": operator,
         "again": again,
+        "limits": limits,
         "envs": envs,
     }
     if workers == 0:

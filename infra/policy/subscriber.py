@@ -5,6 +5,7 @@ back with the policy it had:
 
     state.json                    cohort, last announcement, policy wanted, active policy, previous policy
     state-<cohort>.json           the same of a cohort that the robot was in before, so that its return replays nothing
+    rejected.json                 policies that failed on this robot (`infra.policy.rejections`)
     bundles/<version>-<digest>/   verified bundles: the active, the previous and a staged one
     bases/<sha256>.safetensors    what those bundles' weights complete
 """
@@ -26,6 +27,7 @@ from infra.policy.announcement import Announcement, bundle_prefix
 from infra.policy.artifact import COHORTS, MANIFEST, SIGNATURE, BaseEntry, Manifest, read_signed_manifest, verify
 from infra.policy.bases import BaseCache
 from infra.policy.keys import Role, TrustStore, canonical_json
+from infra.policy.rejections import Rejection, Rejections
 
 _KEPT = "the last policy that was good stays in use"
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
@@ -100,6 +102,7 @@ class PolicySubscriber:
         self._source = source
         self._trust = trust
         self._staged: PolicyRef | None = None
+        self._rejections = Rejections(self._root / "rejected.json")
         self._state = self._load()
         self._fall_back()
 
@@ -127,7 +130,7 @@ class PolicySubscriber:
         """
         refused = self._take_in(self._source.announcements(self._cohort, self._state.seq))
         wanted = self._state.wanted
-        if wanted is not None and wanted == self._state.active:
+        if wanted is not None and (wanted == self._state.active or wanted.digest in self._rejections):
             self._staged = None
         elif wanted is not None and wanted != self._staged:
             self._staged = None
@@ -143,6 +146,31 @@ class PolicySubscriber:
             self._save(replace(self._state, active=self._staged, previous=self._state.active))
             self._staged = None
             self._prune()
+        return self.active
+
+    @property
+    def rejected(self) -> tuple[Rejection, ...]:
+        """The policies that failed on this robot, oldest first."""
+        return tuple(self._rejections)
+
+    def reject(self, version: int, reason: str) -> ActivePolicy | None:
+        """Never run that policy again: it failed on this robot. Survives restarts, so that none begins with it.
+
+        Args:
+            version: of the active, the staged or the announced policy; another is left as it is.
+            reason: what it did; its first 300 characters are kept.
+
+        Returns:
+            The policy that is active now: the previous good one if the active one was rejected, None if there is none.
+            A newer announcement is tried as ever.
+        """
+        state = self._state
+        for ref in {self._staged, state.active, state.wanted, state.previous} - {None}:
+            if ref is not None and ref.version == version:
+                self._rejections.add(version, ref.digest, reason)
+        if self._staged is not None and self._staged.digest in self._rejections:
+            self._staged = None
+        self._fall_back()
         return self.active
 
     def _take_in(self, announcements: Sequence[Announcement]) -> UntrustedPolicyError | None:
@@ -208,9 +236,9 @@ class PolicySubscriber:
         _announced(verify(bundle, self._trust, known_base=known), wanted, bundle)
 
     def _fall_back(self) -> None:
-        """At start: an active bundle that no longer verifies gives way to the previous one, or to none."""
+        """An active bundle that no longer verifies, or was rejected, gives way to the previous one, or to none."""
         for ref in (self._state.active, self._state.previous):
-            if ref is None:
+            if ref is None or ref.digest in self._rejections:
                 continue
             try:
                 self._check(self._bundles / ref.folder, ref)

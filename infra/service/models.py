@@ -113,6 +113,8 @@ class Details(BaseModel):
     spool_limit: int | None = Field(None, ge=0)
     spool_episodes: int | None = Field(None, ge=0)
     ended: bool = False
+    help: Annotated[str, StringConstraints(max_length=300)] | None = None
+    safety: Annotated[dict[_Word, Annotated[int, Field(ge=0, le=_INT)]], Field(max_length=32)] = {}
 
 
 class Beat(BaseModel):

@@ -58,6 +58,8 @@ _OF_LEADER = (
     metrics.ROBOT_EPISODES,
     metrics.ROBOT_POLICY,
     metrics.ROBOT_REFUSES,
+    metrics.ROBOT_SAFETY,
+    metrics.ROBOT_HELP,
     metrics.ROBOT_SPOOL,
     metrics.ROBOT_SPOOL_LIMIT,
     metrics.ROBOT_PENDING,
@@ -207,6 +209,14 @@ def _robots(connection: sa.Connection, now: float) -> None:
         {(row.robot_id,): row.active_version for row in rows if row.active_version is not None}
     )
     metrics.ROBOT_REFUSES.set_all({(row.robot_id,): float(bool(said[row.robot_id].get("refused"))) for row in here})
+    helpless = {row.robot_id: said[row.robot_id]["help"] for row in here if "help" in said[row.robot_id]}
+    metrics.ROBOT_HELP.set_all({(robot,): float(bool(why)) for robot, why in helpless.items()})
+    counted = {robot: details.get("safety") for robot, details in said.items()}
+    metrics.ROBOT_SAFETY.set_all({
+        (robot, str(kind)): float(count)
+        for robot, counts in counted.items() if isinstance(counts, Mapping)
+        for kind, count in counts.items() if isinstance(count, int)
+    })  # fmt: skip
     for name, gauge in (
         ("spool_bytes", metrics.ROBOT_SPOOL),
         ("spool_limit", metrics.ROBOT_SPOOL_LIMIT),

@@ -166,6 +166,14 @@ ROBOT_REFUSES = Gauge(
     "lwd_robot_policy_refused", "1 while the robot refuses the policy announced to it, else 0.", by="coordinator",
     labels=("robot",),
 )  # fmt: skip
+ROBOT_SAFETY = Gauge(
+    "lwd_robot_safety_events", "Control steps that the robot's shield altered in this life of it.", by="coordinator",
+    labels=("robot", "kind"),
+)  # fmt: skip
+ROBOT_HELP = Gauge(
+    "lwd_robot_asks_for_help", "1 while the robot says that a person should look at it, else 0.", by="coordinator",
+    labels=("robot",),
+)  # fmt: skip
 ROBOT_SPOOL = Gauge("lwd_robot_spool_bytes", "What the robot's spool holds.", by="coordinator", labels=("robot",))
 ROBOT_SPOOL_LIMIT = Gauge(
     "lwd_robot_spool_limit_bytes", "What the robot's spool may hold.", by="coordinator", labels=("robot",)

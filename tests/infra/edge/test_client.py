@@ -221,3 +221,79 @@ def test_a_robot_killed_while_sending_loses_and_repeats_nothing(tmp_path: Path, 
 def _committed(plane: Plane) -> list[tuple[str, str]]:
     with plane.catalog.read() as connection:
         return [(row.episode_id, row.sha256) for row in connection.execute(sa.select(outbox))]
+
+
+class Strange(Server):
+    """A server whose answers are a test's."""
+
+    answer: Callable[[], Any] = staticmethod(lambda: None)
+    on = "statuses"
+
+    def statuses(self, episodes: Sequence[tuple[str, str]]) -> list[Any]:
+        return self.answer() if self.on == "statuses" else super().statuses(episodes)
+
+    def submit_many(self, uploads: Sequence[Upload]) -> list[Any]:
+        return self.answer() if self.on == "submit" else super().submit_many(uploads)
+
+
+def _raise(error: BaseException) -> Callable[[], Any]:
+    def answer() -> Any:
+        raise error
+
+    return answer
+
+
+ODD_ANSWERS: list[Callable[[], Any]] = [
+    _raise(KeyError("x")), _raise(TypeError("x")), _raise(ValueError()), _raise(MemoryError()),
+    _raise(OSError(5, "EIO")),
+    lambda: None, lambda: [], lambda: 3, lambda: ["snapshot"] * 9, lambda: [{"status": "snapshot"}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("on", ["statuses", "submit"])
+@pytest.mark.parametrize("number", range(len(ODD_ANSWERS)))
+def test_no_answer_ends_the_sending_thread_or_loses_an_episode(tmp_path: Path, number: int, on: str) -> None:
+    server, events = Strange(), []
+    client = EdgeClient("r0", Spool(tmp_path, max_bytes=2**20), server, poll_s=0.01,
+                        on_event=lambda event, fields: events.append((event, fields)))  # fmt: skip
+    server.answer, server.on = ODD_ANSWERS[number], on
+    client.start()
+    record_episode(client)
+    if (number, on) != (len(ODD_ANSWERS) - 1, "submit"):  # where any word of a submission's answer is taken for "sent"
+        wait_until(lambda: any(event == "trouble" for event, _ in events))
+        assert all(len(fields["problem"]) <= 500 for event, fields in events if event == "trouble")
+    assert len(client.spool.pending()) == 1
+    server.on = ""
+    wait_until(lambda: len(server.submitted) == 1)
+    client.check()
+    client.stop()
+
+
+def test_a_listener_that_fails_stops_nothing(tmp_path: Path, server: Server) -> None:
+    client = EdgeClient("r0", Spool(tmp_path, max_bytes=2**20), server, on_event=lambda event, fields: 1 / 0)
+    record_episode(client)
+    assert client.sync().sent == 1
+
+
+def test_the_owner_sees_that_the_sending_thread_has_died(client: EdgeClient, server: Server) -> None:
+    server.before_submit = lambda _: (_ for _ in ()).throw(SystemExit(3))
+    record_episode(client)
+    client.start()
+    wait_until(lambda: client._death is not None)
+    with pytest.raises(UnavailableError, match="SystemExit"):
+        client.check()
+    with pytest.raises(UnavailableError, match="SystemExit"):
+        record_episode(client)
+    client.stop()
+    server.before_submit = lambda _: None
+    client.start()
+    record_episode(client)
+    wait_until(lambda: len(server.submitted) == 2)
+    client.stop()
+
+
+def test_a_file_that_no_spool_wrote_stops_nothing(client: EdgeClient, server: Server) -> None:
+    (client.spool.root / "closed" / "notes.tar").write_bytes(b"x")
+    (client.spool.root / "closed" / "a.b.c.tar").write_bytes(b"x")
+    record_episode(client)
+    assert client.sync().sent == 1

@@ -1,0 +1,384 @@
+"""The shield: the last thing between whoever acts, a policy or an operator, and the actuators.
+
+Whatever is proposed, what leaves is a float32 array of A finite entries within the limits, and no further from the
+action before than the limits on change allow. What cannot be executed becomes the hold, a safe action that the limits
+define. Everything that was altered is counted by kind; episodes carry the counts and record actions as executed.
+
+Units are those of the embodiment's actions, for example shares of an actuator's limit, radians, or metres. Changes are
+per control step. For actions that are positions the first difference is velocity × period and the second acceleration ×
+period²; for actions that are displacements or velocities the first difference is acceleration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from infra.errors import ConfigError, LwdError
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+OffLimits = Literal["clamp", "refuse"]
+KINDS = {
+    "non_finite": "NaN or infinity proposed: held",
+    "malformed": "no array of A numbers proposed: held",
+    "fault": "the inference raised: held",
+    "late": "no action in time: held",
+    "stale": "the chunk is older than allowed: held",
+    "off_limits": "beyond the limits, refused: held",
+    "clamped": "beyond the limits, moved to the nearest that is within",
+    "workspace": "would leave the workspace: moved to its edge, or held where refusal is configured",
+    "slowed": "a larger change than allowed, spread over further steps",
+}
+"""What the shield counts, by control steps."""
+
+_TOLERANCE = 1e-5  # of a limit: float32 rounding is no event; the contract's rule has the same
+
+
+class PolicyFaultError(LwdError):
+    """A policy gave what cannot be executed, or nothing in time: the one before it is taken again."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The box that the position may not leave.
+
+    Attributes:
+        low, high: (P,) of the position, metres.
+        axes: (P,) entries of the action that move it.
+        scale: (P,) metres of one unit of action.
+        relative: True where the action is a displacement from the measured position, False where it is the position.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    axes: tuple[int, ...]
+    scale: tuple[float, ...]
+    relative: bool = True
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the actuators may be told. A is the action's dimension.
+
+    Attributes:
+        low, high: (A,) the action's limits.
+        change: (A,) largest first difference, per control step; None for no limit.
+        second_change: (A,) largest second difference, per control step squared; None for no limit. It gives way where
+            the limits themselves ask for a harder stop.
+        hold: the safe action: `zero` (a displacement or velocity of nothing), `repeat` (the last one: an absolute
+            position is kept), or (A,) numbers. It is approached as fast as `change` allows.
+        off_limits: what happens to an action beyond the limits or the workspace.
+        workspace: box of the position; None for none.
+        period_s: seconds of a control step; an inference that takes longer is late.
+        late_events: late control steps of one episode after which the policy before is taken again.
+        chunk_age_s: an action planned from an observation older than this is not executed; None for no limit.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    change: tuple[float, ...] | None = None
+    second_change: tuple[float, ...] | None = None
+    hold: Literal["zero", "repeat"] | tuple[float, ...] = "zero"
+    off_limits: OffLimits = "clamp"
+    workspace: Workspace | None = None
+    period_s: float = 0.05
+    late_events: int = 3
+    chunk_age_s: float | None = None
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return len(self.low)
+
+    def __post_init__(self) -> None:
+        dim = len(self.low)
+        _require(dim > 0 and len(self.high) == dim, "low, high", "have the action's dimension each")
+        _require(all(map(math.isfinite, self.low + self.high)), "low, high", "be finite")
+        ordered = bool((_up(np.asarray(self.low)) <= _down(np.asarray(self.high))).all())
+        _require(ordered, "low, high", "leave room between them")
+        for name in ("change", "second_change"):
+            given = getattr(self, name)
+            fits = given is None or (len(given) == dim and all(math.isfinite(one) and one > 0 for one in given))
+            _require(fits, name, f"be {dim} positive numbers")
+        held = self.hold if isinstance(self.hold, tuple) else (0.0,) * dim
+        _require(len(held) == dim, "hold", f"be zero, repeat or {dim} numbers")
+        if self.hold != "repeat":
+            within = all(low <= one <= high for low, one, high in zip(self.low, held, self.high, strict=True))
+            _require(within, "hold", "lie within the limits")
+        _require(self.off_limits in ("clamp", "refuse"), "off_limits", "be clamp or refuse")
+        _require(0 < self.period_s < math.inf, "period_s", "be a positive number of seconds")
+        _require(
+            type(self.late_events) is int and self.late_events > 0, "late_events", "be a whole number of at least 1"
+        )
+        _require(self.chunk_age_s is None or 0 < self.chunk_age_s < math.inf, "chunk_age_s", "be positive")
+        if (box := self.workspace) is not None:
+            sizes = {len(box.low), len(box.high), len(box.axes), len(box.scale)}
+            _require(len(sizes) == 1 and len(box.axes) > 0, "workspace", "have low, high, axes and scale of one length")
+            _require(all(math.isfinite(one) for one in box.low + box.high), "workspace", "be finite")
+            _require(
+                all(low < high for low, high in zip(box.low, box.high, strict=True)), "workspace", "have low < high"
+            )
+            _require(all(0 <= axis < dim for axis in box.axes), "workspace.axes", f"be entries of a {dim}-D action")
+            _require(all(math.isfinite(one) and one > 0 for one in box.scale), "workspace.scale", "be positive")
+
+    @classmethod
+    def box(cls, action_dim: int, low: float = -1.0, high: float = 1.0) -> Limits:
+        """Only the action's limits, the same for every entry; the hold is no motion."""
+        return cls((low,) * action_dim, (high,) * action_dim)
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Limits:
+        """From plain values, as `data_contracts.shield:default_shield` gives them.
+
+        Args:
+            document: `action_dim` and fields of this class; a number stands for A equal ones, and `workspace` is a
+                mapping of the fields of `Workspace`.
+
+        Raises:
+            ConfigError: a field is unknown, missing, of a wrong type or size, or out of range.
+        """
+        if not isinstance(document, Mapping):
+            raise ConfigError(f"shield: {document!r:.80} is no mapping", "give the fields of its limits")
+        _known(document, {"action_dim", *cls.__dataclass_fields__}, "shield")
+        dim = document.get("action_dim")
+        _require(type(dim) is int and 0 < dim <= 1024, "action_dim", "be a whole number in 1..1024")
+        assert isinstance(dim, int)
+        taken: dict[str, Any] = {key: value for key, value in document.items() if key != "action_dim"}
+        for name in ("low", "high"):
+            taken[name] = _numbers(taken.get(name), dim, name)
+        for name in ("change", "second_change"):
+            taken[name] = None if taken.get(name) is None else _numbers(taken[name], dim, name)
+        if taken.get("hold", "zero") not in ("zero", "repeat"):
+            taken["hold"] = _numbers(taken["hold"], dim, "hold")
+        for name in ("period_s", "chunk_age_s"):
+            if taken.get(name) is not None:
+                taken[name] = _numbers(taken[name], 1, name)[0]
+        if taken.get("workspace") is not None:
+            taken["workspace"] = _workspace(taken["workspace"])
+        return cls(**taken)
+
+
+class Shield:
+    """Makes executable actions of proposed ones, for one robot; `reset` at the beginning of each episode.
+
+    Attributes:
+        counts: altered control steps of the episode by kind, those of `KINDS`: of the policy's actions.
+        operator_counts: the same of the operator's, who passes the same shield.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._low, self._high = _up(np.asarray(limits.low)), _down(np.asarray(limits.high))
+        change = None if limits.change is None else np.asarray(limits.change)
+        # A limit that the action's own limits imply costs nothing.
+        self._change = None if change is None or (change >= self._high - self._low).all() else change
+        self._box = None if limits.workspace is None else _Box(limits.workspace)
+        self.counts: Counter[str] = Counter()
+        self.operator_counts: Counter[str] = Counter()
+        self.reset()
+
+    def reset(self, pose: npt.ArrayLike | None = None) -> None:
+        """An episode begins.
+
+        Args:
+            pose: (A,) the action that keeps the robot where it is now, from which changes are measured. Without it the
+                first change is measured from nothing where the hold is `zero`, and not limited elsewhere.
+        """
+        self.counts, self.operator_counts = Counter(), Counter()
+        self._velocity: Doubles | None = None
+        self._previous: Floats | None = None
+        if pose is not None:
+            at = np.asarray(pose, np.float32).reshape(-1)
+            if at.shape != self._low.shape or not np.isfinite(at).all():
+                raise ConfigError(f"the shield's pose is {at[:16]}", f"give {self.limits.action_dim} finite numbers")
+            self._previous = np.clip(at, self._low, self._high)
+        elif self.limits.hold == "zero":
+            self._previous = np.zeros(self.limits.action_dim, np.float32)
+
+    def hold(self, kind: str) -> Floats:
+        """The safe action (A,), counted as `kind`."""
+        self.counts[kind] += 1
+        return self._leave(self._held())
+
+    def apply(
+        self, proposed: Any, *, position: npt.ArrayLike | None = None, age_s: float = 0.0, operator: bool = False
+    ) -> Floats:
+        """The action (A,) float32 to execute. Never raises, whatever is proposed.
+
+        Args:
+            proposed: (A,) numbers.
+            position: (P,) metres, as measured now; needed by a workspace whose actions are displacements: a robot that
+                does not know where it is does not move.
+            age_s: seconds since the observation that it was planned from.
+            operator: an operator proposes it: counted apart.
+        """
+        counts = self.operator_counts if operator else self.counts
+        target, kinds = self._judge(proposed, position, age_s)
+        for kind in kinds:
+            counts[kind] += 1
+        if target is None:
+            return self._leave(self._held())
+        left = self._leave(target)
+        if (np.abs(left - target) > _TOLERANCE * np.maximum(1.0, np.abs(target))).any():
+            counts["slowed"] += 1
+        return left
+
+    def plan(self, chunk: Any, horizon: int) -> Floats:
+        """A policy's whole chunk (H, A) float32, if all of it could be executed.
+
+        Raises:
+            PolicyFaultError: another shape or type, or not finite; counted, and nothing was executed.
+        """
+        wanted = (horizon, self.limits.action_dim)
+        array = _array(chunk)
+        if array is None or array.shape != wanted:
+            self.counts["malformed"] += 1
+            found = type(chunk).__name__ if array is None else f"an array {array.shape}"
+            raise PolicyFaultError(f"the policy gave {found}, not actions {wanted}", "train or export it again")
+        if not np.isfinite(array).all():
+            self.counts["non_finite"] += 1
+            raise PolicyFaultError("the policy gave actions that are not finite", "look at its training")
+        with np.errstate(over="ignore"):
+            return np.clip(array, -_BIG, _BIG).astype(np.float32)
+
+    def _judge(
+        self, proposed: Any, position: npt.ArrayLike | None, age_s: float
+    ) -> tuple[Doubles | None, tuple[str, ...]]:
+        """Where to go, None for the hold, and what is counted."""
+        limits = self.limits
+        array = _array(proposed)
+        if array is None or array.shape != self._low.shape:
+            return None, ("malformed",)
+        if not np.isfinite(array).all():
+            return None, ("non_finite",)
+        if limits.chunk_age_s is not None and not age_s <= limits.chunk_age_s:
+            return None, ("stale",)
+        kinds: tuple[str, ...] = ()
+        target = np.clip(array, self._low, self._high)
+        if (np.abs(target - array) > _TOLERANCE).any():
+            if limits.off_limits == "refuse":
+                return None, ("off_limits",)
+            kinds = ("clamped",)
+        if self._box is None:
+            return target, kinds
+        inside = self._box.nearest(target, position)
+        if inside is None:
+            return None, (*kinds, "workspace")
+        if (np.abs(inside - target) > _TOLERANCE).any():
+            return (None if limits.off_limits == "refuse" else inside), (*kinds, "workspace")
+        return target, kinds
+
+    def _held(self) -> Doubles:
+        hold = self.limits.hold
+        if hold == "repeat":
+            held = self._previous if self._previous is not None else np.clip(0.0, self._low, self._high)
+            return np.asarray(held, np.float64)
+        return np.zeros(self.limits.action_dim) if hold == "zero" else np.asarray(hold, np.float64)
+
+    def _leave(self, target: Doubles) -> Floats:
+        """The point nearest to `target` that the limits let the robot reach in one control step."""
+        low, high = self._low, self._high
+        if self._previous is not None:
+            at = self._previous.astype(np.float64)
+            if self._change is not None:
+                low, high = np.maximum(low, _up(at - self._change)), np.minimum(high, _down(at + self._change))
+            if self.limits.second_change is not None:
+                bend = np.asarray(self.limits.second_change)
+                moving = at if self._velocity is None else at + self._velocity
+                # Nearest to the second limit where the first ones leave no room for it: a harder stop is the safer one.
+                low, high = np.clip(_up(moving - bend), low, high), np.clip(_down(moving + bend), low, high)
+        action: Floats = np.clip(np.asarray(target).astype(np.float32), low, high).astype(np.float32)
+        if self._previous is not None:
+            self._velocity = action.astype(np.float64) - self._previous
+        self._previous = action
+        return action.copy()
+
+
+_BIG = float(np.finfo(np.float32).max)
+
+
+def _array(proposed: Any) -> Doubles | None:
+    """Numbers as float64, None for anything else."""
+    try:
+        array = np.asarray(proposed)
+        return array.astype(np.float64) if array.dtype.kind in "fiub" else None
+    except Exception:  # a ragged list, a foreign object
+        return None
+
+
+class _Box:
+    """A workspace as arrays."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._low, self._high, self._scale = map(np.asarray, (workspace.low, workspace.high, workspace.scale))
+        self._axes, self._relative = list(workspace.axes), workspace.relative
+
+    def nearest(self, target: Doubles, position: npt.ArrayLike | None) -> Doubles | None:
+        """The action nearest to `target` that ends in the box; None where that is not known."""
+        if not self._relative:
+            least, most = self._low / self._scale, self._high / self._scale
+        else:
+            measured = _array(position) if position is not None else None
+            if measured is None or measured.shape != self._low.shape or not np.isfinite(measured).all():
+                return None
+            # Already outside: towards the box or nowhere, but not by force.
+            least = np.minimum((self._low - measured) / self._scale, 0.0)
+            most = np.maximum((self._high - measured) / self._scale, 0.0)
+        moved = target.copy()
+        moved[self._axes] = np.minimum(np.maximum(target[self._axes], least), most)
+        return moved
+
+
+def _up(values: Doubles) -> Floats:
+    """The least float32 that is not below."""
+    near = np.asarray(values, np.float64).astype(np.float32)
+    return np.where(near.astype(np.float64) < values, np.nextafter(near, np.float32(np.inf)), near).astype(np.float32)
+
+
+def _down(values: Doubles) -> Floats:
+    """The largest float32 that is not above."""
+    near = np.asarray(values, np.float64).astype(np.float32)
+    return np.where(near.astype(np.float64) > values, np.nextafter(near, np.float32(-np.inf)), near).astype(np.float32)
+
+
+def _workspace(document: Any) -> Workspace:
+    if not isinstance(document, Mapping):
+        raise ConfigError(f"shield: workspace is {document!r:.80}", "give low, high, axes, scale")
+    _known(document, set(Workspace.__dataclass_fields__), "shield: workspace")
+    axes = document.get("axes")
+    _require(isinstance(axes, list | tuple) and all(type(axis) is int for axis in axes), "workspace.axes", "be a list")
+    assert isinstance(axes, list | tuple)
+    low, high, scale = (_numbers(document.get(one), len(axes), f"workspace.{one}") for one in ("low", "high", "scale"))
+    relative = document.get("relative", True)
+    _require(isinstance(relative, bool), "workspace.relative", "be true or false")
+    return Workspace(low, high, tuple(axes), scale, relative)
+
+
+def _numbers(value: Any, size: int, name: str) -> tuple[float, ...]:
+    """`size` numbers; one stands for all."""
+    listed = list(value) if isinstance(value, list | tuple) else [value] * size
+    right = len(listed) == size and all(isinstance(one, int | float) and not isinstance(one, bool) for one in listed)
+    _require(right, name, f"be a number, or {size} of them")
+    try:
+        return tuple(float(one) for one in listed)
+    except OverflowError:
+        raise ConfigError(f"shield: {name} is beyond a float", "correct it in the transition contract") from None
+
+
+def _known(document: Mapping[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(str(key) for key in document if key not in known):
+        raise ConfigError(f"{where}: unknown field {unknown[0][:80]!r}", f"known here: {', '.join(sorted(known))}")
+
+
+def _require(holds: bool, name: str, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"shield: {name} must {wanted}", "correct it in the transition contract")

@@ -115,6 +115,19 @@ def now(connection: sa.Connection) -> float:
     return time.time()
 
 
+def damages(connection: sa.Connection) -> list[str]:
+    """What the database finds wrong with its own file; PostgreSQL checks its pages by itself."""
+    if connection.dialect.name != "sqlite":
+        return []
+    found = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check(20)")]
+    problems = [f"the catalog's file is damaged: {text}" for text in found if text != "ok"]
+    strays = [(row[0], row[2]) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")]
+    return problems + [
+        f"{strays.count(pair)} rows of {pair[0]} name a row of {pair[1]} that is not there"
+        for pair in sorted(set(strays))
+    ]
+
+
 def _insert(connection: sa.Connection, table: sa.Table) -> Any:
     return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
 

@@ -175,6 +175,7 @@ leases = Table(
     Column("holder", String(128), nullable=False),
     Column("token", BigInteger, nullable=False),
     Column("expires_at", Double, nullable=False),
+    Column("seconds", Double, nullable=False, server_default="60"),  # how long it lasts without renewal
 )
 
 # --- policies ---------------------------------------------------------------------------------------------------------

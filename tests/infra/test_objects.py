@@ -118,8 +118,8 @@ def test_a_killed_writer_leaves_the_old_object_or_the_new(tmp_path: Path, point:
     assert [item.key for item in store.list("k")] == []  # `k` is an object, not a folder
     store.put("k", b"newer")
     assert store.get("k") == b"newer"
-    store.sweep_aside(older_than_s=3600)
-    store.sweep_aside(older_than_s=0)
+    store.sweep_unfinished(older_than_s=3600)
+    store.sweep_unfinished(older_than_s=0)
     assert list((tmp_path / ".aside").iterdir()) == []
 
 

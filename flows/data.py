@@ -175,7 +175,7 @@ def verify(
 
 
 @app.command()
-def recover(home: Home = HOME) -> None:
+def recover(home: Home = HOME, actor: Actor = "operator") -> None:
     """Commit again the stored episodes that the catalog lost; what cannot be read is listed and stays.
 
     The coordinator gives its verdict on them as on new ones.
@@ -183,7 +183,7 @@ def recover(home: Home = HOME) -> None:
     from infra.recover import recover as bring_back
 
     with _opened(home) as (catalog, objects):
-        done = bring_back(catalog, objects)
+        done = bring_back(catalog, objects, actor=actor)
     for robot, count in sorted(done.by_robot.items()):
         out.print(f"{robot}: {count} episodes", markup=False)
     for key in done.conflicts:

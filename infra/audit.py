@@ -18,7 +18,16 @@ import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
 from infra.catalog.accounting import count_unaccounted
-from infra.catalog.schema import announcements, episodes, outbox, policies, promotions, quarantine, snapshot_episodes
+from infra.catalog.schema import (
+    announcements,
+    episodes,
+    outbox,
+    policies,
+    promotions,
+    quarantine,
+    recoveries,
+    snapshot_episodes,
+)
 from infra.errors import CorruptDataError, UnavailableError
 from infra.objects import ObjectInfo, ObjectStore, UnreadableError
 from infra.snapshots import Snapshots, floor
@@ -64,7 +73,7 @@ class Audit:
         """
         problems, fixes = [*self.catalog], []
         if self.catalog:
-            fixes.append("restore the catalog from its backup (docs/operations.md), then `lwd data recover`")
+            fixes.append("restore the catalog from its backup, or go on with what is left; then `lwd data recover`")
         if self.unrecorded:
             problems.append(f"{len(self.unrecorded)} stored objects have no row in the catalog")
             fixes.append("bring them back with `lwd data recover`")
@@ -187,17 +196,25 @@ def _read(objects: ObjectStore, row: sa.Row[Any], found: Audit) -> None:
         found.damaged.append(name)
 
 
-def _sequences(connection: sa.Connection) -> list[str]:
-    """Holes in what is numbered, and rows that lack the row that was committed with them."""
-    problems = []
+def holes(connection: sa.Connection) -> dict[str, int]:
+    """By table, how many of the numbers up to its highest no row has; tables without holes are left out."""
     tables = _NUMBERED if connection.dialect.name == "sqlite" else ()  # PostgreSQL skips numbers of undone work
-    for table, column in [(table, next(iter(table.primary_key))) for table in tables] + [
-        (policies, policies.c.version)
-    ]:
-        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.max(column), 0)).select_from(table)
-        count, last = connection.execute(query).one()
-        if count != last:
-            problems.append(f"table {table.name} has {count} rows, numbered up to {last}: some are gone")
+    found = {}
+    for column in [*(next(iter(table.primary_key)) for table in tables), policies.c.version]:
+        query = sa.select(sa.func.coalesce(sa.func.max(column), 0) - sa.func.count())
+        if missing := connection.execute(query.select_from(column.table)).scalar_one():
+            found[str(column.table.name)] = int(missing)
+    return found
+
+
+def _sequences(connection: sa.Connection) -> list[str]:
+    """Holes that no recovery has recorded, and rows that lack the row that was committed with them."""
+    last = connection.execute(sa.select(recoveries.c.holes).order_by(recoveries.c.id.desc()).limit(1)).scalar() or {}
+    problems = [
+        f"{count - last.get(name, 0)} rows of the table {name} are gone: their numbers are missing"
+        for name, count in holes(connection).items()
+        if count > last.get(name, 0)
+    ]
     named = sa.exists().where(episodes.c.episode_id == outbox.c.episode_id, episodes.c.sha256 == outbox.c.sha256)
     announced = sa.exists().where(outbox.c.episode_id == episodes.c.episode_id)
     for table, there, text in (

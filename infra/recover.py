@@ -16,11 +16,15 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from infra.audit import unrecorded
-from infra.catalog import Catalog
+import sqlalchemy as sa
+
+from infra.audit import holes, unrecorded
+from infra.catalog import Catalog, dialect
+from infra.catalog.schema import episodes, outbox, recoveries
 from infra.crashpoints import crashpoint
 from infra.episode import Episode, decode
 from infra.errors import ConfigError, CorruptDataError, LwdError
+from infra.events import announce
 from infra.ingest import MAX_OBJECT_BYTES, Claim, Ingest
 from infra.objects import ObjectInfo, ObjectStore, UnreadableError, episode_key
 
@@ -47,8 +51,14 @@ class Recovery:
         return self.by_robot.total()
 
 
-def recover(catalog: Catalog, objects: ObjectStore) -> Recovery:
-    """Commit again what the catalog lacks. Safe beside running processes, and to repeat after a crash.
+def recover(catalog: Catalog, objects: ObjectStore, *, actor: str = "operator") -> Recovery:
+    """Commit again what the catalog lacks, and record it. Safe beside running processes, and to repeat after a crash.
+
+    Committed episodes that were never announced are announced. What is lost for ever, rows whose numbers are missing,
+    is recorded: the audit speaks of it no more.
+
+    Args:
+        actor: who asked for it.
 
     Raises:
         UnavailableError, StorageFullError: catalog or store do not answer; what was done stays done.
@@ -66,7 +76,19 @@ def recover(catalog: Catalog, objects: ObjectStore) -> Recovery:
             claims = []
     if claims:
         _commit(ingest, claims, done)
+    with catalog.begin() as connection:
+        _announce_forgotten(connection)
+        values = {"episodes": done.episodes, "conflicts": len(done.conflicts), "left": len(done.left), "actor": actor}
+        values |= {"holes": holes(connection), "created_at": dialect.now(connection)}
+        connection.execute(recoveries.insert().values(values))
     return done
+
+
+def _announce_forgotten(connection: sa.Connection) -> None:
+    announced = sa.exists().where(outbox.c.episode_id == episodes.c.episode_id)
+    columns = [column for column in episodes.c if not column.name.endswith("_at")]
+    for row in connection.execute(sa.select(*columns).where(~announced)).all():
+        announce(connection, **row._mapping)
 
 
 def discard(catalog: Catalog, objects: ObjectStore, keys: list[str]) -> int:

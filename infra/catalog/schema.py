@@ -168,6 +168,18 @@ collections = Table(  # garbage collections: below the highest floor, snapshots 
     Column("created_at", Double, nullable=False),
 )
 
+recoveries = Table(  # what was brought back from the store, and which losses are known since
+    "recoveries",
+    metadata,
+    Column("id", Sequence64, primary_key=True, autoincrement=True),
+    Column("episodes", Integer, nullable=False),
+    Column("conflicts", Integer, nullable=False),
+    Column("left", Integer, nullable=False),  # objects that are no whole episode
+    Column("holes", JSON, nullable=False),  # table -> numbers that no row has
+    Column("actor", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
 leases = Table(
     "leases",
     metadata,

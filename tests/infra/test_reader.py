@@ -240,11 +240,6 @@ def test_increments_lead_to_one_order_whichever_way_was_taken(plane: Plane, depl
 # --- a cache that is emptied, altered or taken away -------------------------------------------------------------------
 
 
-def empty(folder: Path) -> None:
-    for path in [*folder.glob("new/*.tar"), *folder.glob("kept/*.tar")]:
-        path.unlink(missing_ok=True)
-
-
 def replace_by_folders(folder: Path) -> None:
     for path in folder.glob("new/*.tar"):
         path.unlink(missing_ok=True)
@@ -261,14 +256,10 @@ def alter(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 HARM: dict[str, Callable[[Path], None]] = {
     "cache deleted": lambda folder: shutil.rmtree(folder.parent, ignore_errors=True),
-    "reader's cache deleted": lambda folder: shutil.rmtree(folder, ignore_errors=True),
     "new deleted": lambda folder: shutil.rmtree(folder / "new", ignore_errors=True),
     "kept deleted": lambda folder: shutil.rmtree(folder / "kept", ignore_errors=True),
-    "emptied": empty,
     "mark deleted": lambda folder: (folder / "fetched").unlink(missing_ok=True),
-    "mark is noise": lambda folder: (folder / "fetched").write_text("\x00many"),
     "truncated": alter(lambda data: data[: len(data) // 2]),
-    "to nothing": alter(lambda data: b""),
     "altered": alter(lambda data: bytes(len(data))),
     "folders in place of files": replace_by_folders,
     "moved away": lambda folder: folder.rename(folder.parent / f"gone-{time.monotonic_ns()}"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from infra.catalog.leases import Lease
 from infra.catalog.schema import episodes, outbox
 from infra.episode import encode
 from infra.errors import LeaseLostError, UnavailableError
-from infra.objects import episode_key, incoming_key
+from infra.objects import ASIDE, episode_key, incoming_key
 from infra.reconcile import ROLE, Reconciliation, main, reconcile, run, settled_until
 
 
@@ -73,6 +76,25 @@ def test_a_sweep_looks_at_any_number_of_objects(plane: Plane, monkeypatch: pytes
     assert quiet.orphans == 0
     assert reconcile(plane.catalog, plane.objects, now=later).orphans == 5
     assert len(list(plane.objects.list("episodes"))) == 9
+
+
+def test_a_sweep_removes_writes_that_never_ended(plane: Plane) -> None:
+    """Files that a killed process left half written; a young one may be at work still, and objects stay."""
+    plane.submit(example_episode(1))
+    aside = plane.home / "objects" / ASIDE
+    for name, age in (("old", 90_000.0), ("day", 80_000.0), ("young", 0.0)):
+        (aside / name).write_bytes(b"half")
+        os.utime(aside / name, (time.time() - age,) * 2)
+    assert reconcile(plane.catalog, plane.objects, sweep=False).unfinished_deleted == 0
+    assert reconcile(plane.catalog, plane.objects).unfinished_deleted == 1
+    assert {path.name for path in aside.iterdir()} == {"day", "young"}
+    found = reconcile(plane.catalog, plane.objects, grace_s=3600.0, unfinished_s=60.0)
+    assert found.unfinished_deleted == 1, "not younger than the grace"
+    assert reconcile(plane.catalog, plane.objects, grace_s=0.0, unfinished_s=0.0).unfinished_deleted == 1
+    assert len(list(plane.objects.list("episodes"))) == 1
+    shutil.rmtree(aside)
+    assert reconcile(plane.catalog, plane.objects).unfinished_deleted == 0
+    plane.submit(example_episode(2))
 
 
 def test_a_look_begins_at_the_oldest_unsettled_episode(plane: Plane) -> None:

@@ -119,6 +119,7 @@ class DirectoryStore:
     def _write(self, key: str, data: bytes | BufferedReader, sha256: str | None = None) -> None:
         target, aside = self._path(key), self._aside / uuid.uuid4().hex
         with _explained(target):
+            self._aside.mkdir(parents=True, exist_ok=True)  # it may have been deleted since
             try:
                 found = _write_file(aside, data)
                 if sha256 not in (None, found):

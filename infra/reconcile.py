@@ -43,6 +43,7 @@ ROLE = "reconciler"
 GRACE_S = 3600.0
 SWEEP_S = 3600.0
 UNFINISHED_S = 86_400.0
+_SLACK_S = 60.0  # clocks that are kept in step differ by less
 _CLAIM = ("episode_id", "robot_id", "key", "sha256", "size", "schema_version", "trace_id")
 
 
@@ -84,26 +85,29 @@ def reconcile(
     - Left in `incoming/`: deleted; the spool that sent it sends it again.
     - Begun in the store and never ended: deleted.
 
-    Ages are judged by the clock here, the catalog's and the store's. One that jumps makes things look old: what is in
-    transit is then deleted too early and sent again, an episode announced twice is absorbed.
+    Ages are judged by the catalog's clock, which wrote the times of its rows. When it jumps, things look old: what is
+    in transit is then deleted too early and sent again, an episode announced twice is absorbed. What bears a time that
+    is still to come was written before the clock was put back, and is not waited for.
 
     Args:
         grace_s: how long a running process may take between two of its steps, seconds.
-        now: the time to judge ages by; the clock's by default.
+        now: the time to judge ages by; the catalog's by default.
         since: episodes that were committed before are known to be settled (`settled_until`).
         sweep: list the whole store too, for what the catalog lacks and for writes that never ended.
         unfinished_s: age from which on a write that did not end is taken for dead, seconds; at least the grace.
         alive: called between any two steps; what it raises ends the work, which may be taken up again.
     """
-    before = (time.time() if now is None else now) - grace_s
+    now = clock(catalog) if now is None else now
+    before = now - grace_s
+    forgotten = _forgotten(since, before, now)
     with catalog.read() as connection:
-        waiting = list(connection.execute(_forgotten(since, before)))
+        waiting = list(connection.execute(forgotten))
     announced = lost = 0
     for row in waiting:
         alive()
         there = objects.exists(row.key)
         with catalog.begin() as connection:
-            still = _forgotten(since, before).where(episodes.c.episode_id == row.episode_id)
+            still = forgotten.where(episodes.c.episode_id == row.episode_id)
             if connection.execute(still).first() is None:
                 continue  # settled meanwhile
             if there:
@@ -124,6 +128,12 @@ def reconcile(
             objects.delete(item.key)
             incoming += 1
     return Reconciliation(announced, lost, orphans, incoming, unfinished)
+
+
+def clock(catalog: Catalog) -> float:
+    """The catalog's time, seconds since the epoch."""
+    with catalog.read() as connection:
+        return dialect.now(connection)
 
 
 def settled_until(catalog: Catalog, since: float, before: float) -> float:
@@ -171,7 +181,7 @@ def run(
             renew_at = 0.0
             alive()
             with metrics.RECONCILE_SECONDS.time():
-                now = time.time()
+                now = clock(catalog)
                 since = settled_until(catalog, 0.0 if sweep else since, now - grace_s)
                 found = reconcile(
                     catalog,
@@ -232,10 +242,14 @@ def _unsettled(since: float, before: float) -> sa.ColumnElement[bool]:
     return sa.and_(episodes.c.committed_at.between(since, before), unaccounted(episodes))
 
 
-def _forgotten(since: float, before: float) -> sa.Select[Any]:
-    """Unsettled episodes whose last announcement is not after `before` either."""
-    recent = sa.exists().where(outbox.c.episode_id == episodes.c.episode_id, outbox.c.created_at > before)
-    return sa.select(episodes).where(_unsettled(since, before), ~recent)
+def _forgotten(since: float, before: float, now: float) -> sa.Select[Any]:
+    """Unsettled episodes whose last announcement is not after `before` either; times to come count as long ago."""
+    to_come = now + _SLACK_S
+    old = sa.or_(_unsettled(since, before), sa.and_(episodes.c.committed_at > to_come, unaccounted(episodes)))
+    recent = sa.exists().where(
+        outbox.c.episode_id == episodes.c.episode_id, outbox.c.created_at > before, outbox.c.created_at <= to_come
+    )
+    return sa.select(episodes).where(old, ~recent)
 
 
 def _serve(options: argparse.Namespace, stop: threading.Event) -> None:

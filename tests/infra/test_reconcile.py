@@ -15,12 +15,15 @@ from invariants import Plane, digest, example_episode, in_process, open_plane, s
 from test_coordinator import coordinator, drain, members
 from waiting import wait_until
 
+from infra.catalog import dialect
 from infra.catalog.leases import Lease
 from infra.catalog.schema import episodes, outbox
 from infra.episode import encode
 from infra.errors import LeaseLostError, UnavailableError
 from infra.objects import ASIDE, episode_key, incoming_key
 from infra.reconcile import ROLE, Reconciliation, main, reconcile, run, settled_until
+
+DAY = 86_400.0
 
 
 @pytest.fixture
@@ -76,6 +79,35 @@ def test_a_sweep_looks_at_any_number_of_objects(plane: Plane, monkeypatch: pytes
     assert quiet.orphans == 0
     assert reconcile(plane.catalog, plane.objects, now=later).orphans == 5
     assert len(list(plane.objects.list("episodes"))) == 9
+
+
+@pytest.mark.parametrize("jump", [DAY, -DAY])
+def test_ages_go_by_the_catalogs_clock(plane: Plane, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """This machine's clock, a day off, neither announces again at each look nor leaves what was lost."""
+    here = time.time
+    monkeypatch.setattr("infra.reconcile.time.time", lambda: here() + jump)
+    monkeypatch.setattr(dialect, "now", lambda connection: here())
+    plane.submit(example_episode(1))
+    assert reconcile(plane.catalog, plane.objects).announced_again == 0
+    at(plane, 1, here() - 7200)
+    forget(plane, 1)
+    assert [reconcile(plane.catalog, plane.objects).announced_again for _ in range(3)] == [1, 0, 0]
+
+
+def test_what_was_committed_by_a_clock_that_was_put_back_is_not_left(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = time.time
+    monkeypatch.setattr(dialect, "now", lambda connection: here() + DAY)
+    for number in (1, 2):
+        plane.submit(example_episode(number))
+    monkeypatch.setattr(dialect, "now", lambda connection: here())
+    forget(plane, 1)
+    since = settled_until(plane.catalog, 0.0, here() - 3600)
+    found = [reconcile(plane.catalog, plane.objects, since=since).announced_again for _ in range(3)]
+    assert found == [2, 0, 0], "both once: a time that is to come says nothing of an age"
+    plane.settle()
+    assert members(plane) == {1, 2}
 
 
 def test_a_sweep_removes_writes_that_never_ended(plane: Plane) -> None:

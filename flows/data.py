@@ -165,10 +165,10 @@ def verify(
         f"row, {len(found.missing)} rows have no object; {found.unaccounted} episodes wait for the coordinator"
     )
     for item in found.unrecorded:
-        out.print(f"no row: {item.key}", soft_wrap=True)
+        out.print(f"no row: {item.key}", soft_wrap=True, markup=False)
     for kind in ("missing", "damaged", "unread"):
         for identifier, key in getattr(found, kind):
-            out.print(f"{kind}: {identifier} {key}", soft_wrap=True)
+            out.print(f"{kind}: {identifier} {key}", soft_wrap=True, markup=False)
     if read:
         out.print(f"{found.read} objects read, {len(found.missing) + len(found.damaged)} damaged")
     found.check()
@@ -187,7 +187,7 @@ def recover(home: Home = HOME, actor: Actor = "operator") -> None:
     for robot, count in sorted(done.by_robot.items()):
         out.print(f"{robot}: {count} episodes", markup=False)
     for key in done.conflicts:
-        out.print(f"in quarantine, its id belongs to other bytes: {key}", soft_wrap=True)
+        out.print(f"in quarantine, its id belongs to other bytes: {key}", soft_wrap=True, markup=False)
     for key, reason in done.left:
         out.print(f"left as it is: {key}: {reason}", soft_wrap=True, markup=False)
     out.print(

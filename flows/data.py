@@ -28,6 +28,7 @@ Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, als
 Actor = Annotated[str, typer.Option(help="Who decides; goes into the audit.")]
 HOME = default_home()
 DAY_S = 86_400.0
+_REASON = 300  # characters of a reason that are shown
 MIN_GRACE_S = 60.0  # a running process takes less between two of its steps
 out = Console(highlight=False)
 
@@ -164,14 +165,19 @@ def verify(
         f"{found.episodes} committed episodes, {found.objects} stored objects: {len(found.unrecorded)} objects have no "
         f"row, {len(found.missing)} rows have no object; {found.unaccounted} episodes wait for the coordinator"
     )
-    for item in found.unrecorded:
-        out.print(f"no row: {item.key}", soft_wrap=True, markup=False)
+    _print_some("no row", [item.key for item in found.unrecorded])
     for kind in ("missing", "damaged", "unread"):
-        for identifier, key in getattr(found, kind):
-            out.print(f"{kind}: {identifier} {key}", soft_wrap=True, markup=False)
+        _print_some(kind, [f"{identifier} {key}" for identifier, key in getattr(found, kind)])
     if read:
         out.print(f"{found.read} objects read, {len(found.missing) + len(found.damaged)} damaged")
     found.check()
+
+
+def _print_some(label: str, lines: list[str], most: int = 20) -> None:
+    for line in lines[:most]:
+        out.print(f"{label}: {line}", soft_wrap=True, markup=False)
+    if len(lines) > most:
+        out.print(f"{label}: {len(lines) - most} more")
 
 
 @app.command()
@@ -186,10 +192,8 @@ def recover(home: Home = HOME, actor: Actor = "operator") -> None:
         done = bring_back(catalog, objects, actor=actor)
     for robot, count in sorted(done.by_robot.items()):
         out.print(f"{robot}: {count} episodes", markup=False)
-    for key in done.conflicts:
-        out.print(f"in quarantine, its id belongs to other bytes: {key}", soft_wrap=True, markup=False)
-    for key, reason in done.left:
-        out.print(f"left as it is: {key}: {reason}", soft_wrap=True, markup=False)
+    _print_some("in quarantine, its id belongs to other bytes", done.conflicts)
+    _print_some("left as it is", [f"{key}: {reason[:_REASON]}" for key, reason in done.left], most=1000)
     out.print(
         f"{done.episodes} episodes committed again, {len(done.conflicts)} put in quarantine, {len(done.left)} left"
     )

@@ -116,14 +116,13 @@ class SnapshotReader:
             step = next_increment(self._catalog, self.version)
             if step is None:
                 return None
-            for member in step.added:
-                if member.sha256 not in self._taken:
-                    self._take(member)
+            absent = [self._take(member) for member in step.added if member.sha256 not in self._taken]
             if any(member.sha256 not in self._taken for member in step.added):
                 if time.monotonic() >= self._probe_due:
                     self._cache.probe()
                     self._probe_due = time.monotonic() + _PROBE_EVERY_S
-                if self._process is not None and (fetched is None or fetched >= step.version):
+                lost = fetched is None or (fetched >= step.version and any(absent))
+                if self._process is not None and lost:
                     _log.warning("the cache %s lost what was fetched: it is fetched again", self._cache.root)
                     self._kill()
                 self._sweep()
@@ -156,27 +155,29 @@ class SnapshotReader:
     ) -> None:
         self.close()
 
-    def _take(self, member: Member) -> None:
+    def _take(self, member: Member) -> bool:
+        """Decode an object and let it be evicted, or withdraw it; whether the cache lacks it."""
         path = self._cache.new / f"{member.sha256}.tar"
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            return
+            return True
         except IsADirectoryError:
             data = b""
         if hashlib.sha256(data).hexdigest() != member.sha256:
             _log.warning("%s was damaged in the cache and is fetched again", path.name)
             remove(path)
             self._kill()  # the next prefetcher finds it missing
-            return
+            return True
         try:
             self._taken[member.sha256] = decode(data, name=member.key)
         except CorruptDataError as error:
             reason = f"{self._name} cannot read it: {error.problem}"
             self._snapshots.withdraw([member.episode_id], reason=reason, writer=self._name)
             path.unlink(missing_ok=True)
-            return
+            return False
         self._cache.keep(path)
+        return False
 
     def _sweep(self) -> None:
         """Let be evicted what is not waited for: withdrawn since, or fetched twice. It would hold its room for ever."""

@@ -20,7 +20,8 @@ from kafka import KafkaProducer
 
 from bench.actors import made
 from bench.fleet import COORDINATORS, Fleet
-from infra.catalog.schema import episodes, loads, quarantine, snapshot_episodes
+from infra.catalog.accounting import unaccounted
+from infra.catalog.schema import episodes, loads, snapshot_episodes
 from infra.edge.remote import RemoteServer
 from infra.edge.server import Upload
 from infra.episode import encode
@@ -114,11 +115,7 @@ class DataFaults:
 
     def _unsettled(self) -> Row | None:
         """A committed episode that is neither in a snapshot nor in quarantine."""
-        held = sa.exists().where(
-            quarantine.c.episode_id == episodes.c.episode_id, quarantine.c.sha256 == episodes.c.sha256
-        )
-        member = sa.exists().where(snapshot_episodes.c.episode_id == episodes.c.episode_id)
-        query = sa.select(episodes).where(~held, ~member).order_by(episodes.c.committed_at.desc()).limit(1)
+        query = sa.select(episodes).where(unaccounted(episodes)).order_by(episodes.c.committed_at.desc()).limit(1)
         with self._fleet.catalog.read() as connection:
             return connection.execute(query).first()
 

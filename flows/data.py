@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -16,19 +15,21 @@ import typer
 from rich.table import Table
 
 from flows.console import out
-from infra.catalog import Catalog
+from infra.catalog import Catalog, dialect, leases
 from infra.catalog.schema import dead_letters as letters
-from infra.catalog.schema import quarantine
-from infra.errors import ConfigError, CorruptDataError
+from infra.catalog.schema import quarantine, robots
+from infra.errors import ConfigError
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
 from infra.settings import default_home, load_settings
 
-app = typer.Typer(no_args_is_help=True, help="The data of a deployment: mend, free, revoke, release, verify.")
+app = typer.Typer(no_args_is_help=True, help="The data of a deployment: mend, free, revoke, release, verify, recover.")
 Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
 Actor = Annotated[str, typer.Option(help="Who decides; goes into the audit.")]
 HOME = default_home()
 DAY_S = 86_400.0
+_REASON = 300  # characters of a reason that are shown
+MIN_GRACE_S = 60.0  # a running process takes less between two of its steps
 
 
 @contextmanager
@@ -46,16 +47,36 @@ def reconcile(
     home: Home = HOME,
     grace_s: Annotated[float, typer.Option("--grace", min=0, help="Age of a difference that is mended, s.")] = 3600.0,
 ) -> None:
-    """Announce again what a broker lost, ask again for lost objects, delete what was stored but never committed."""
+    """Announce again what a broker lost, ask again for lost objects, delete uploads that were never committed."""
     from infra.reconcile import reconcile as mend
 
     with _opened(home) as (catalog, objects):
+        if grace_s < MIN_GRACE_S:
+            _nobody_works(catalog, grace_s)
         found = mend(catalog, objects, grace_s=grace_s)
-    table = Table("announced again", "objects lost", "orphans deleted", "uploads deleted")
+    table = Table("announced again", "objects lost", "orphans", "uploads deleted", "unfinished writes deleted")
     table.add_row(
-        str(found.announced_again), str(found.objects_lost), str(found.orphans_deleted), str(found.incoming_deleted)
-    )
+        str(found.announced_again), str(found.objects_lost), str(found.orphans), str(found.incoming_deleted),
+        str(found.unfinished_deleted),
+    )  # fmt: skip
     out.print(table)
+    if found.orphans:
+        out.print(f"{found.orphans} stored objects have no row in the catalog: bring them back with `lwd data recover`")
+
+
+def _nobody_works(catalog: Catalog, grace_s: float) -> None:
+    """Raises:
+    ConfigError: processes are at work, which may take longer than the grace between two of their steps.
+    """
+    with catalog.read() as connection:
+        at_work = [f"{name} ({holder})" for name, holder in leases.held(connection)]
+        seen = robots.c.last_seen > dialect.now(connection) - MIN_GRACE_S
+        at_work += [f"robot {name}" for name in connection.execute(sa.select(robots.c.robot_id).where(seen)).scalars()]
+    if at_work:
+        raise ConfigError(
+            f"a grace of {grace_s:g} s is too short while {at_work[0]} is at work: what is under way looks forgotten",
+            f"give --grace {MIN_GRACE_S:g} or more, or stop the deployment first",
+        )
 
 
 @app.command()
@@ -127,32 +148,66 @@ def release(
 @app.command()
 def verify(
     home: Home = HOME,
-    read: Annotated[bool, typer.Option("--read", help="Read every object of the current snapshot as well.")] = False,
+    read: Annotated[bool, typer.Option("--read", help="Read every object that is still needed as well.")] = False,
 ) -> None:
-    """Recompute the chain of digests over all snapshots; exit code 3 if anything was changed or is damaged."""
-    from infra.snapshots import Snapshots
+    """Compare catalog and store; exit code 3 if anything was lost, changed or is damaged.
+
+    Looks at the catalog's file, its sequences, the chain of digests over all snapshots, stored objects without a row,
+    and rows without their object.
+    """
+    from infra.audit import audit
 
     with _opened(home) as (catalog, objects):
-        snapshots = Snapshots(catalog)
-        versions = snapshots.verify()
-        out.print(f"{versions} snapshots match their digests; the oldest kept whole is {snapshots.floor()}")
-        if not read:
-            return
-        members, damaged = snapshots.episodes(versions), 0
-        for member in members:
-            try:
-                found = hashlib.sha256(objects.get(member.key)).hexdigest()
-            except CorruptDataError:
-                found = "gone"
-            if found != member.sha256:
-                damaged += 1
-                out.print(f"{member.episode_id} {member.key}: {found}")
-    out.print(f"{len(members)} objects read, {damaged} damaged")
-    if damaged:
-        raise CorruptDataError(
-            f"{damaged} objects of snapshot {versions} are damaged or gone",
-            "restore them from the bucket's backup; else the readers withdraw them by a new snapshot when they come",
-        )
+        found = audit(catalog, objects, read=read)
+    out.print(f"{found.versions} snapshots match their digests; the oldest kept whole is {found.floor}")
+    out.print(
+        f"{found.episodes} committed episodes, {found.objects} stored objects: {len(found.unrecorded)} objects have no "
+        f"row, {len(found.missing)} rows have no object; {found.unaccounted} episodes wait for the coordinator"
+    )
+    _print_some("no row", [item.key for item in found.unrecorded])
+    for kind in ("missing", "damaged", "unread"):
+        _print_some(kind, [f"{identifier} {key}" for identifier, key in getattr(found, kind)])
+    if read:
+        out.print(f"{found.read} objects read, {len(found.missing) + len(found.damaged)} damaged")
+    found.check()
+
+
+def _print_some(label: str, lines: list[str], most: int = 20) -> None:
+    for line in lines[:most]:
+        out.print(f"{label}: {line}", soft_wrap=True)
+    if len(lines) > most:
+        out.print(f"{label}: {len(lines) - most} more")
+
+
+@app.command()
+def recover(home: Home = HOME, actor: Actor = "operator") -> None:
+    """Commit again the stored episodes that the catalog lost; what cannot be read is listed and stays.
+
+    The coordinator gives its verdict on them as on new ones.
+    """
+    from infra.recover import recover as bring_back
+
+    with _opened(home) as (catalog, objects):
+        done = bring_back(catalog, objects, actor=actor)
+    for robot, count in sorted(done.by_robot.items()):
+        out.print(f"{robot}: {count} episodes")
+    _print_some("in quarantine, its id belongs to other bytes", done.conflicts)
+    _print_some("left as it is", [f"{key}: {reason[:_REASON]}" for key, reason in done.left], most=1000)
+    out.print(
+        f"{done.episodes} episodes committed again, {len(done.conflicts)} put in quarantine, {len(done.left)} left"
+    )
+
+
+@app.command()
+def discard(
+    keys: Annotated[list[str], typer.Argument(help="Keys that `lwd data recover` has left.")], home: Home = HOME
+) -> None:
+    """Delete stored objects that are no episodes and that the catalog has no row of."""
+    from infra.recover import discard as delete
+
+    with _opened(home) as (catalog, objects):
+        count = delete(catalog, objects, keys)
+    out.print(f"{count} objects deleted")
 
 
 @app.command("dead-letters")

@@ -11,6 +11,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, schema
+from infra.catalog.accounting import count_unaccounted
 from infra.episode import Episode, decode
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
@@ -39,17 +40,8 @@ class Deployment:
 
     def unaccounted(self) -> int:
         """Committed episodes that are neither in a snapshot nor in quarantine (invariant I1); 0 once all is settled."""
-        episodes, members, held = schema.episodes, schema.snapshot_episodes, schema.quarantine
-        query = (
-            sa.select(sa.func.count())
-            .select_from(episodes)
-            .where(
-                ~sa.exists().where(members.c.episode_id == episodes.c.episode_id),
-                ~sa.exists().where(held.c.episode_id == episodes.c.episode_id),
-            )
-        )
         with self.catalog.read() as connection:
-            return int(connection.execute(query).scalar_one())
+            return count_unaccounted(connection)
 
     def members(self) -> list[Episode]:
         """The episodes of the current snapshot, decoded."""

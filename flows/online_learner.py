@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import threading
@@ -153,7 +154,12 @@ def start(params: Params, plane: Deployment, ranks: Ranks) -> OnlineLearner:
 def run(params: Params, plane: Deployment, stop: threading.Event, ranks: Ranks) -> None:
     """Learn until the stage's updates are done or `stop` is set, on any rank."""
     loop = start(params, plane, ranks)
-    target = loop.learner.snapshot_version or 0
+    target, latest = loop.learner.snapshot_version or 0, plane.snapshots.latest().version
+    if target > latest:
+        logging.getLogger(__name__).warning(
+            "the catalog was restored or built again: it ends at snapshot %d, the learner held %d", latest, target
+        )
+        target = latest
     first = ranks.rank == 0
     rows = _resumed_rows(loop) if first else Path(os.devnull)
     started, told = time.monotonic(), 0.0

@@ -21,7 +21,7 @@ from infra.catalog import Catalog, dialect
 from infra.catalog.schema import collections, episodes, pins, quarantine, snapshot_episodes, snapshots
 from infra.crashpoints import crashpoint
 from infra.objects import ObjectStore
-from infra.snapshots import floor
+from infra.snapshots import Snapshots, floor
 
 PIN_S = 600.0
 _BATCH = 500  # rows of one look
@@ -54,13 +54,18 @@ def collect(
 ) -> Collection:
     """Delete what no version at or above the floor needs. Safe beside running processes, and to repeat.
 
-    Objects that another episode shares are kept until that one is collected too.
+    Objects that another episode shares are kept until that one is collected too. A catalog that does not match its own
+    digests says nothing of what is needed.
 
     Args:
         keep_s: versions that were current within this time stay, seconds.
         now: the time to judge ages by; the catalog's clock by default.
         actor: who asked for it.
+
+    Raises:
+        CorruptDataError: snapshots do not match their digests; nothing was deleted.
     """
+    Snapshots(catalog).verify()
     with catalog.begin() as connection:
         at = dialect.now(connection) if now is None else now
         lowest = max(_floor(connection, at - keep_s, at), floor(connection))

@@ -22,6 +22,7 @@ from functools import partial
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
+from infra.catalog.accounting import standings
 from infra.catalog.leases import Lease
 from infra.catalog.schema import dead_letters, episodes, quarantine, revocations, snapshot_episodes
 from infra.crashpoints import crashpoint
@@ -203,19 +204,9 @@ class Coordinator:
 
     def _settled(self, events: Sequence[Event]) -> set[tuple[str, str]]:
         """(id, sha256) of the events that need no look: accepted or refused before, or announced in error."""
-        ids = sorted({event.episode_id for event in events})
         with self._catalog.read() as connection:
-            known = connection.execute(sa.select(episodes).where(episodes.c.episode_id.in_(ids)))
-            committed = {(row.episode_id, row.sha256) for row in known}
-            seen = connection.execute(
-                sa.select(snapshot_episodes.c.episode_id, episodes.c.sha256)
-                .join(episodes, episodes.c.episode_id == snapshot_episodes.c.episode_id)
-                .where(snapshot_episodes.c.episode_id.in_(ids))
-            )
-            done = {(row.episode_id, row.sha256) for row in seen}
-            held = connection.execute(sa.select(quarantine).where(quarantine.c.episode_id.in_(ids)))
-            done |= {(row.episode_id, row.sha256) for row in held}
-        return {_name(event) for event in events if _name(event) in done or _name(event) not in committed}
+            found = standings(connection, [_name(event) for event in events])
+        return {name for name, standing in found.items() if standing.accounted or not standing.committed}
 
     def _bury(self, connection: sa.Connection, letters: Sequence[DeadLetter]) -> None:
         for letter in letters:

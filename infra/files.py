@@ -7,9 +7,16 @@ from pathlib import Path
 
 
 def write_durably(target: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace `target` by `data` atomically: write aside, fsync, rename, fsync the folder."""
+    """Replace `target` by `data` atomically: write aside, fsync, rename, fsync the folder.
+
+    A folder that was deleted under a running process is made again: what it held is gone, the process goes on.
+    """
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         with os.fdopen(fd, "wb") as handle:
             handle.write(data)

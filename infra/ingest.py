@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeGuard
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
-from infra.catalog.schema import episodes, quarantine, snapshot_episodes
+from infra.catalog.accounting import Standing, standings
+from infra.catalog.schema import episodes, quarantine
 from infra.crashpoints import crashpoint
 from infra.episode import SCHEMA_VERSION
 from infra.errors import ConfigError, ConflictError, CorruptDataError, LwdError, named
@@ -140,11 +141,9 @@ class Ingest:
     def known(self, claim: Claim) -> Status | None:
         """The claim's status if the server has the same robot's same bytes already, else None: upload them."""
         with self._catalog.read() as connection:
-            owner = connection.execute(sa.select(episodes).where(episodes.c.episode_id == claim.episode_id)).first()
-            if owner is None or (owner.robot_id, owner.sha256) != (claim.robot_id, claim.sha256):
-                return None
-            found = _status(connection, claim.episode_id, claim.sha256)
-        return None if found == "unknown" else found
+            standing = standings(connection, [(claim.episode_id, claim.sha256)])[claim.episode_id, claim.sha256]
+        found = status_of(standing)
+        return None if found == "unknown" or standing.robot_id != claim.robot_id else found
 
     def commit(self, claim: Claim, incoming: str) -> Status:
         """Verify what was uploaded to `incoming`, move it to its content address, and commit it.
@@ -176,6 +175,14 @@ class Ingest:
                 outcomes[number] = conflict or _status(connection, claim.episode_id, claim.sha256)
         crashpoint("ingest.committed")
         return outcomes
+
+    def record(self, claims: Sequence[Claim]) -> list[ConflictError | None]:
+        """Commit and announce, in one transaction, episodes that lie verified at their content addresses already.
+
+        Returns the conflict of each one whose id belongs to other bytes or to another robot, else None.
+        """
+        with self._catalog.begin() as connection:
+            return [self._insert(connection, claim) for claim in claims]
 
     def status(self, episode_id: str, sha256: str | None = None) -> Status:
         """How far an episode is. A spool may delete it at `snapshot` or `quarantined`, and sends it again at `unknown`.
@@ -260,22 +267,21 @@ class Ingest:
         )
 
 
-def _status(connection: sa.Connection, episode_id: str, sha256: str | None) -> Status:
-    mine = sa.true() if sha256 is None else episodes.c.sha256 == sha256
-    row = connection.execute(
-        sa.select(episodes.c.sha256, snapshot_episodes.c.added, snapshot_episodes.c.removed)
-        .outerjoin(snapshot_episodes, snapshot_episodes.c.episode_id == episodes.c.episode_id)
-        .where(episodes.c.episode_id == episode_id, mine)
-    ).first()
-    digest = sha256 if row is None else row.sha256
-    held = connection.execute(
-        sa.select(quarantine.c.stage).where(quarantine.c.episode_id == episode_id, quarantine.c.sha256 == digest)
-    ).scalar()
-    if held is not None:
-        return "unknown" if held == "store" else "quarantined"
-    if row is None:
+def status_of(standing: Standing) -> Status:
+    """What a spool is told of an episode. One whose object the store lost is wanted again: unknown."""
+    if standing.stage is not None:
+        return "unknown" if standing.stage == "store" else "quarantined"
+    if not standing.committed:
         return "unknown"
-    return "committed" if row.added is None else "snapshot"
+    return "snapshot" if standing.member else "committed"
+
+
+def _status(connection: sa.Connection, episode_id: str, sha256: str | None) -> Status:
+    if sha256 is None:
+        sha256 = connection.execute(sa.select(episodes.c.sha256).where(episodes.c.episode_id == episode_id)).scalar()
+    if sha256 is None:
+        return "unknown"
+    return status_of(standings(connection, [(episode_id, sha256)])[episode_id, sha256])
 
 
 def _wanted_again(connection: sa.Connection, episode_id: str, sha256: str) -> bool:

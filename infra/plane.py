@@ -31,8 +31,7 @@ def open_catalog(settings: Settings, *, migrate: bool = False, stop: threading.E
     def prepare() -> None:
         if migrate and (settings.profile == "local" or catalog.revision() is None):
             catalog.migrate()
-        else:
-            catalog.check()
+        catalog.check()
 
     try:
         if stop is None:

@@ -2,6 +2,10 @@
 
     <cache>/new/<sha256>.tar    fetched and verified, not yet taken by the reader
     <cache>/kept/<sha256>.tar   taken; the oldest are evicted when room is needed
+    <cache>/fetched             the version up to which all was fetched
+
+A cache is a copy: it may be emptied, altered or deleted at any time. The reader notices by `fetched`, which is gone, or
+says that all is there where it is not, and starts another prefetcher.
 
 Both together stay within the disk budget; when `new` alone fills it, fetching waits for the reader. Four objects of an
 increment are fetched at once. A store that does not answer is asked again for ever, with jittered pauses; an object
@@ -17,6 +21,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -25,6 +30,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 import sqlalchemy as sa
 
@@ -43,6 +49,7 @@ _log = logging.getLogger("lwd.prefetcher")
 _AT_ONCE = 4
 _WITNESSES = 5
 _FREED_AT_ONCE = 20  # this part of the budget
+_PROBE_BYTES = 65_536
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,37 @@ class Cache:
         return self.root / "kept"
 
     def create(self) -> None:
+        """Make the folders, where they are missing; OSError where that cannot be."""
         self.new.mkdir(parents=True, exist_ok=True)
         self.kept.mkdir(parents=True, exist_ok=True)
+
+    def mark(self, version: int) -> None:
+        """Say that all of `version` was fetched."""
+        aside = self.root / "fetched.tmp"
+        aside.write_text(str(version))
+        os.replace(aside, self.root / "fetched")
+
+    def marked(self) -> int | None:
+        """The version up to which all was fetched; None if the cache was emptied since."""
+        try:
+            return int((self.root / "fetched").read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+
+    def probe(self) -> None:
+        """OSError unless files can be written to both folders, which are made where they are missing."""
+        self.create()
+        for folder in (self.new, self.kept):
+            path = folder / "probe.tmp"
+            path.write_bytes(bytes(_PROBE_BYTES))
+            path.unlink(missing_ok=True)
+
+    def keep(self, path: Path) -> None:
+        """Let a file of `new` be evicted from now on."""
+        try:
+            os.replace(path, self.kept / path.name)
+        except FileNotFoundError:  # the cache was emptied meanwhile
+            self.create()
 
     def used(self) -> int:
         """Bytes in both folders."""
@@ -134,7 +170,7 @@ class Prefetcher:
         self._retries = retries
         self._name = name
         self._pause_s = pause_s
-        self._done: set[str] = set()
+        self._done: set[str] = set()  # digests of this increment that were fetched; the reader may have taken them
         self._free = 0  # bytes of the cache that nothing is meant for yet; there may be more
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
         self.version = after
@@ -144,6 +180,7 @@ class Prefetcher:
 
     def step(self, stop: threading.Event) -> bool:
         """Fetch one increment whole; False when there is nothing to do or no room yet."""
+        self._cache.create()
         increment = next_increment(self._catalog, self.version)
         if increment is None:
             return False
@@ -154,6 +191,7 @@ class Prefetcher:
             self._withdraw([m.episode_id for m in increment.added if m.sha256 == sha256], problem)
         if failed or not self._done.issuperset(wanted):
             return False  # with what failed, look again from the new snapshot
+        self._cache.mark(increment.version)
         self.version = increment.version
         self._done.clear()
         return True
@@ -229,6 +267,7 @@ class Prefetcher:
         if _holds(kept, member.sha256):
             os.replace(kept, target)
             return True
+        remove(target)  # damaged, or no file at all
         return False
 
     def _fetch(self, member: Member, stop: threading.Event) -> str | None:
@@ -297,17 +336,26 @@ def _files(folder: Path) -> list[tuple[Path, int, float]]:
     found = []
     for entry in os.scandir(folder):
         try:
-            stat = entry.stat()
+            stat = entry.stat(follow_symlinks=False)
         except FileNotFoundError:  # moved by the reader meanwhile
             continue
-        found.append((Path(entry.path), stat.st_size, stat.st_mtime))
+        if S_ISREG(stat.st_mode):
+            found.append((Path(entry.path), stat.st_size, stat.st_mtime))
     return found
+
+
+def remove(path: Path) -> None:
+    """Remove whatever has this name in a cache, if anything has."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _holds(path: Path, sha256: str) -> bool:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return False
 
 

@@ -2,6 +2,9 @@
 
 A living reader pins the version that it holds: garbage collection leaves what that version needs. The pin ends by
 itself, 10 minutes after the last sign of life, so that a reader that is started again finds its version still there.
+
+The cache may be emptied, altered or deleted meanwhile: what is missing is fetched again by another prefetcher. One that
+cannot be used, since its folder cannot be written, is an error that is raised until it can.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -20,7 +25,7 @@ from infra.collect import pin
 from infra.episode import Episode, decode
 from infra.errors import ConfigError, CorruptDataError, UnavailableError
 from infra.plane import open_catalog
-from infra.prefetcher import Cache, next_increment
+from infra.prefetcher import Cache, next_increment, remove
 from infra.settings import Settings
 from infra.snapshots import Member, Snapshots
 from infra.telemetry import metrics, milestones
@@ -30,6 +35,7 @@ _log = logging.getLogger("lwd.reader")
 _QUICK_S = 5.0
 _MAX_QUICK_DEATHS = 8
 _PIN_EVERY_S = 60.0
+_PROBE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,11 @@ class SnapshotReader:
         self._catalog = open_catalog(settings)
         self._snapshots = Snapshots(self._catalog)
         self._cache = Cache(settings.cache_dir / name)
-        self._cache.create()
+        with self._usable():
+            self._cache.create()
         start = self._snapshots.get(after)  # ConfigError when it is ahead of the catalog
         self.version, self.digest = after, start.digest
-        self._pin_due = 0.0
+        self._pin_due = self._probe_due = 0.0
         self._pin()
         self._taken: dict[str, Episode] = {}  # by sha256: of the increment that is still incomplete
         self._process: subprocess.Popen[bytes] | None = None
@@ -98,20 +105,28 @@ class SnapshotReader:
         snapshot; the increment then reaches to that one and leaves the episode out.
 
         Raises:
-            UnavailableError: the prefetcher dies again and again; the message names its log.
+            UnavailableError: the prefetcher dies again and again, and the message names its log; or the cache cannot be
+                used. Both may be over at the next call.
         """
         self._keep_alive()
         if time.monotonic() >= self._pin_due:
             self._pin()
-        step = next_increment(self._catalog, self.version)
-        if step is None:
-            return None
-        for member in step.added:
-            if member.sha256 not in self._taken:
-                self._take(member)
-        if any(member.sha256 not in self._taken for member in step.added):
-            self._sweep()
-            return None
+        with self._usable():
+            fetched = self._cache.marked()  # before the look at the files: what it speaks of must be there
+            step = next_increment(self._catalog, self.version)
+            if step is None:
+                return None
+            absent = [self._take(member) for member in step.added if member.sha256 not in self._taken]
+            if any(member.sha256 not in self._taken for member in step.added):
+                if time.monotonic() >= self._probe_due:
+                    self._cache.probe()
+                    self._probe_due = time.monotonic() + _PROBE_EVERY_S
+                lost = fetched is None or (fetched >= step.version and any(absent))
+                if self._process is not None and lost:
+                    _log.warning("the cache %s lost what was fetched: it is fetched again", self._cache.root)
+                    self._kill()
+                self._sweep()
+                return None
         added = tuple(self._taken[member.sha256] for member in step.added)
         increment = Increment(self.version, step.version, step.digest, added, step.removed)
         self._show(increment, first=self._record(step.version))
@@ -140,25 +155,29 @@ class SnapshotReader:
     ) -> None:
         self.close()
 
-    def _take(self, member: Member) -> None:
+    def _take(self, member: Member) -> bool:
+        """Decode an object and let it be evicted, or withdraw it; whether the cache lacks it."""
         path = self._cache.new / f"{member.sha256}.tar"
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            return
+            return True
+        except IsADirectoryError:
+            data = b""
         if hashlib.sha256(data).hexdigest() != member.sha256:
             _log.warning("%s was damaged in the cache and is fetched again", path.name)
-            path.unlink()
+            remove(path)
             self._kill()  # the next prefetcher finds it missing
-            return
+            return True
         try:
             self._taken[member.sha256] = decode(data, name=member.key)
         except CorruptDataError as error:
             reason = f"{self._name} cannot read it: {error.problem}"
             self._snapshots.withdraw([member.episode_id], reason=reason, writer=self._name)
-            path.unlink()
-            return
-        os.replace(path, self._cache.kept / path.name)
+            path.unlink(missing_ok=True)
+            return False
+        self._cache.keep(path)
+        return False
 
     def _sweep(self) -> None:
         """Let be evicted what is not waited for: withdrawn since, or fetched twice. It would hold its room for ever."""
@@ -168,7 +187,18 @@ class SnapshotReader:
         needed = {member.sha256 for member in added} - self._taken.keys()
         for path in present:
             if path.stem not in needed:
-                os.replace(path, self._cache.kept / path.name)
+                self._cache.keep(path)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """An error of the file system, as one that names the cache."""
+        try:
+            yield
+        except OSError as error:
+            raise UnavailableError(
+                f"the cache {self._cache.root} of {self._name} cannot be used: {error.strerror or error}",
+                "make it a folder that this user can write, with room on its disk; what it held is fetched again",
+            ) from error
 
     def _pin(self) -> None:
         with self._catalog.begin() as connection:
@@ -215,6 +245,9 @@ class SnapshotReader:
 
     def _spawn(self) -> None:
         settings = self._settings
+        with self._usable():
+            self._cache.create()
+            self._cache.mark(self.version)
         environment = os.environ | {
             "LWD_CATALOG": settings.catalog_url,
             "LWD_CACHE_MAX_MIB": str(settings.cache_max_mib),

@@ -1,5 +1,9 @@
 """The reconciler: compares rows and objects, and mends what a broker, a store or a crash left different.
 
+It deletes what is in transit (`incoming/`, unfinished writes) and was left there, since its robot sends it again. It
+never deletes an object of `episodes/`: one that the catalog lacks may be all that is left of an acknowledged episode.
+Such orphans are counted; `lwd data recover` brings them back.
+
     python -m infra.reconcile --home /srv/lwd --every 60
 
 goes on for ever, and holds a lease so that no two announce the same again. Each look begins at the oldest episode that
@@ -14,20 +18,21 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
 
+from infra.audit import unrecorded
 from infra.catalog import Catalog, dialect
+from infra.catalog.accounting import unaccounted
 from infra.catalog.leases import Lease
-from infra.catalog.schema import episodes, outbox, quarantine, snapshot_episodes
+from infra.catalog.schema import episodes, outbox, quarantine
 from infra.crashpoints import crashpoint
 from infra.errors import LeaseLostError, LwdError
 from infra.events import announce
-from infra.objects import ObjectInfo, ObjectStore
+from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
 from infra.process import backoff, log_to, patiently, process_arguments, run_process
 from infra.settings import load_settings
@@ -37,18 +42,28 @@ log = logging.getLogger(__name__)
 ROLE = "reconciler"
 GRACE_S = 3600.0
 SWEEP_S = 3600.0
-_BATCH = 500  # parameters of one IN (...)
+UNFINISHED_S = 86_400.0
+_SLACK_S = 60.0  # clocks that are kept in step differ by less
 _CLAIM = ("episode_id", "robot_id", "key", "sha256", "size", "schema_version", "trace_id")
 
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """What was found and mended: counts."""
+    """What was found and mended: counts.
+
+    Attributes:
+        announced_again: episodes whose announcement was lost.
+        objects_lost: episodes whose object is gone; asked for again.
+        orphans: objects that the catalog has no row of; left as they are.
+        incoming_deleted: uploads that were never committed.
+        unfinished_deleted: writes that were begun in the store and never ended.
+    """
 
     announced_again: int
     objects_lost: int
-    orphans_deleted: int
+    orphans: int
     incoming_deleted: int
+    unfinished_deleted: int = 0
 
 
 def reconcile(
@@ -59,31 +74,40 @@ def reconcile(
     now: float | None = None,
     since: float = 0.0,
     sweep: bool = True,
+    unfinished_s: float = UNFINISHED_S,
     alive: Callable[[], object] = lambda: None,
 ) -> Reconciliation:
     """Mend what has differed for longer than `grace_s`. Safe beside running processes, and to repeat.
 
     - Committed, but in no snapshot and not in quarantine: announced again (a broker lost it); duplicates are absorbed.
     - The same, but the object is gone: quarantined at stage `store`, for which the spool sends it again.
-    - Stored under `episodes/`, but never committed: deleted; the spool that sent it sends it again.
-    - Left in `incoming/`: deleted.
+    - Stored under `episodes/`, but not in the catalog: counted; `infra.recover` brings it back.
+    - Left in `incoming/`: deleted; the spool that sent it sends it again.
+    - Begun in the store and never ended: deleted.
+
+    Ages are judged by the catalog's clock, which wrote the times of its rows. When it jumps, things look old: what is
+    in transit is then deleted too early and sent again, an episode announced twice is absorbed. What bears a time that
+    is still to come was written before the clock was put back, and is not waited for.
 
     Args:
         grace_s: how long a running process may take between two of its steps, seconds.
-        now: the time to judge ages by; the clock's by default.
+        now: the time to judge ages by; the catalog's by default.
         since: episodes that were committed before are known to be settled (`settled_until`).
-        sweep: list the whole store too, for what was never committed.
+        sweep: list the whole store too, for what the catalog lacks and for writes that never ended.
+        unfinished_s: age from which on a write that did not end is taken for dead, seconds; at least the grace.
         alive: called between any two steps; what it raises ends the work, which may be taken up again.
     """
-    before = (time.time() if now is None else now) - grace_s
+    now = clock(catalog) if now is None else now
+    before = now - grace_s
+    forgotten = _forgotten(since, before, now)
     with catalog.read() as connection:
-        waiting = list(connection.execute(_forgotten(since, before)))
+        waiting = list(connection.execute(forgotten))
     announced = lost = 0
     for row in waiting:
         alive()
         there = objects.exists(row.key)
         with catalog.begin() as connection:
-            still = _forgotten(since, before).where(episodes.c.episode_id == row.episode_id)
+            still = forgotten.where(episodes.c.episode_id == row.episode_id)
             if connection.execute(still).first() is None:
                 continue  # settled meanwhile
             if there:
@@ -93,15 +117,23 @@ def reconcile(
                 _want_again(connection, row)
                 lost += 1
         crashpoint("reconcile.row_mended")
-    orphans = _delete_orphans(catalog, objects, before, alive) if sweep else 0
-    crashpoint("reconcile.orphans_deleted")
-    incoming = 0
+    orphans = unfinished = incoming = 0
+    if sweep:
+        orphans = sum(1 for _ in unrecorded(catalog, objects, alive=alive, before=before))
+        unfinished = objects.sweep_unfinished(max(unfinished_s, grace_s))
+    crashpoint("reconcile.store_swept")
     for item in list(objects.list("incoming")):
         alive()
         if item.modified <= before:
             objects.delete(item.key)
             incoming += 1
-    return Reconciliation(announced, lost, orphans, incoming)
+    return Reconciliation(announced, lost, orphans, incoming, unfinished)
+
+
+def clock(catalog: Catalog) -> float:
+    """The catalog's time, seconds since the epoch."""
+    with catalog.read() as connection:
+        return dialect.now(connection)
 
 
 def settled_until(catalog: Catalog, since: float, before: float) -> float:
@@ -124,6 +156,7 @@ def run(
     every_s: float,
     grace_s: float,
     sweep_s: float = SWEEP_S,
+    unfinished_s: float = UNFINISHED_S,
     lease_s: float = 10.0,
 ) -> None:
     """Reconcile every `every_s` seconds until `stop`, while this process holds the lease; waits out servers.
@@ -148,14 +181,25 @@ def run(
             renew_at = 0.0
             alive()
             with metrics.RECONCILE_SECONDS.time():
-                now = time.time()
+                now = clock(catalog)
                 since = settled_until(catalog, 0.0 if sweep else since, now - grace_s)
-                found = reconcile(catalog, objects, grace_s=grace_s, now=now, since=since, sweep=sweep, alive=alive)
-            _show(found)
+                found = reconcile(
+                    catalog,
+                    objects,
+                    grace_s=grace_s,
+                    now=now,
+                    since=since,
+                    sweep=sweep,
+                    unfinished_s=unfinished_s,
+                    alive=alive,
+                )
+            _show(found, sweep)
             failures = 0
             sweep_at = time.monotonic() + sweep_s if sweep else sweep_at
             if found != Reconciliation(0, 0, 0, 0):
                 log.info("mended", extra={"fields": vars(found)})
+            if found.orphans:
+                log.warning("%d objects of episodes have no row in the catalog: see `lwd data verify`", found.orphans)
         except LeaseLostError as error:
             log.debug("waiting: %s", error.problem)
             pause = min(every_s, lease_s / 3)
@@ -170,36 +214,14 @@ def run(
         log.warning("the lease was not released: %s", error.problem)
 
 
-def _show(found: Reconciliation) -> None:
+def _show(found: Reconciliation, swept: bool) -> None:
     """As metrics."""
     metrics.RECONCILE_FINISHED.set(time.time())
     for kind, count in vars(found).items():
-        metrics.RECONCILED.inc(count, kind=kind)
-
-
-def _delete_orphans(catalog: Catalog, objects: ObjectStore, before: float, alive: Callable[[], object]) -> int:
-    """Should a commit race with the deletion, the coordinator asks for the object again."""
-    deleted, listing = 0, iter(objects.list("episodes"))
-    while batch := list(islice(listing, _BATCH)):
-        alive()
-        for key in _unreferenced(catalog, [item for item in batch if item.modified <= before]):
-            objects.delete(key)
-            deleted += 1
-    return deleted
-
-
-def _unreferenced(catalog: Catalog, items: Sequence[ObjectInfo]) -> Iterator[str]:
-    """The keys that no row needs."""
-    keys = [item.key for item in items]
-    if not keys:
-        return
-    with catalog.read() as connection:
-        known = {
-            key
-            for table in (episodes, quarantine)
-            for key in connection.execute(sa.select(table.c.key).where(table.c.key.in_(keys))).scalars()
-        }
-    yield from (key for key in keys if key not in known)
+        if kind != "orphans":
+            metrics.RECONCILED.inc(count, kind=kind)
+    if swept:
+        metrics.ORPHANS.set(found.orphans)
 
 
 def _want_again(connection: sa.Connection, row: sa.Row[Any]) -> None:
@@ -217,15 +239,17 @@ def _want_again(connection: sa.Connection, row: sa.Row[Any]) -> None:
 
 def _unsettled(since: float, before: float) -> sa.ColumnElement[bool]:
     """Committed within these times (both included), but in no snapshot and not in quarantine."""
-    held = sa.exists().where(quarantine.c.episode_id == episodes.c.episode_id, quarantine.c.sha256 == episodes.c.sha256)
-    member = sa.exists().where(snapshot_episodes.c.episode_id == episodes.c.episode_id)
-    return sa.and_(episodes.c.committed_at.between(since, before), ~held, ~member)
+    return sa.and_(episodes.c.committed_at.between(since, before), unaccounted(episodes))
 
 
-def _forgotten(since: float, before: float) -> sa.Select[Any]:
-    """Unsettled episodes whose last announcement is not after `before` either."""
-    recent = sa.exists().where(outbox.c.episode_id == episodes.c.episode_id, outbox.c.created_at > before)
-    return sa.select(episodes).where(_unsettled(since, before), ~recent)
+def _forgotten(since: float, before: float, now: float) -> sa.Select[Any]:
+    """Unsettled episodes whose last announcement is not after `before` either; times to come count as long ago."""
+    to_come = now + _SLACK_S
+    old = sa.or_(_unsettled(since, before), sa.and_(episodes.c.committed_at > to_come, unaccounted(episodes)))
+    recent = sa.exists().where(
+        outbox.c.episode_id == episodes.c.episode_id, outbox.c.created_at > before, outbox.c.created_at <= to_come
+    )
+    return sa.select(episodes).where(old, ~recent)
 
 
 def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
@@ -241,6 +265,7 @@ def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
         every_s=options.every,
         grace_s=options.grace,
         sweep_s=options.sweep,
+        unfinished_s=options.unfinished,
         lease_s=settings.lease_s,
     )
 
@@ -251,6 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two looks")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="age of a difference that is mended, seconds")
     parser.add_argument("--sweep", type=float, default=SWEEP_S, help="seconds between two looks at everything")
+    parser.add_argument(
+        "--unfinished", type=float, default=UNFINISHED_S, help="age of an unfinished write that is removed, seconds"
+    )
     options = parser.parse_args(arguments)
     return run_process(options, lambda stop: _serve(options, stop))
 

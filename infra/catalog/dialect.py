@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
+from infra.errors import ConfigError, CorruptDataError, LwdError, StorageFullError, UnavailableError
 
 BUSY_S = 30.0
 _WRITERS_LOCK = 0x4C574421  # any constant: the advisory lock that serialises writers on PostgreSQL
@@ -27,6 +27,8 @@ _PATIENCE = {
     "tcp_user_timeout": int(BUSY_S * 1000),
 }
 _NO_TABLE = ("42P01", "42703")  # undefined table, undefined column
+_DAMAGED = re.compile(r"file is not a database|database disk image is malformed|malformed database schema")
+_DAMAGED_STATES = ("XX001", "XX002")  # data corrupted, index corrupted
 _REFUSED = ("28000", "28P01", "3D000")  # no such role, wrong password, no such database
 _REFUSED_TEXT = re.compile(r"password authentication failed|no password supplied|(role|database) \".*\" does not exist")
 
@@ -56,19 +58,36 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
     engine = sa.create_engine(url, connect_args={"timeout": BUSY_S})
 
     @sa.event.listens_for(engine, "connect")
-    def _connect(connection: Any, _record: Any) -> None:
+    def _connect(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # this module issues BEGIN itself
         _enable_wal(connection)
         connection.execute("PRAGMA synchronous=FULL")  # an acknowledged commit survives a power cut
         connection.execute("PRAGMA foreign_keys=ON")
+        record.info["file"] = _identity(path)
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
+        if connection.info.get("file") != _identity(path):
+            # SQLite would go on with the file that has no name any more, and what it acknowledges would be gone.
+            connection.invalidate()
+            raise UnavailableError(
+                f"the catalog's file {path} was removed or replaced under a process that has it open",
+                "stop the deployment before moving its files; the process goes on with the file that is there now",
+            )
         # IMMEDIATE: a writer queues at BEGIN; upgrading from a read would fail at once, whatever the busy timeout.
         write = connection.get_execution_options().get("write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file it is; None while there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _enable_wal(connection: Any) -> None:
@@ -113,6 +132,20 @@ def now(connection: sa.Connection) -> float:
     if connection.dialect.name == "postgresql":
         return float(connection.execute(sa.select(sa.extract("epoch", sa.func.clock_timestamp()))).scalar_one())
     return time.time()
+
+
+def damages(connection: sa.Connection) -> list[str]:
+    """What the database finds wrong with its own file; PostgreSQL checks its pages by itself."""
+    if connection.dialect.name != "sqlite":
+        return []
+    found = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check(20)")]
+    if problems := [f"the catalog's file is damaged: {text}" for text in found if text != "ok"]:
+        return problems  # nothing else can be asked of such a file
+    strays = [(row[0], row[2]) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")]
+    return [
+        f"{strays.count(pair)} rows of {pair[0]} name a row of {pair[1]} that is not there"
+        for pair in sorted(set(strays))
+    ]
 
 
 def _insert(connection: sa.Connection, table: sa.Table) -> Any:
@@ -162,6 +195,12 @@ def explain(error: sa.exc.DBAPIError, url: sa.URL) -> LwdError | None:
     state = getattr(error.orig, "sqlstate", None)
     if state in _NO_TABLE:
         return ConfigError(f"catalog {where}: {text}", "create or upgrade it with `lwd migrate`")
+    if _DAMAGED.search(text) or state in _DAMAGED_STATES:
+        return CorruptDataError(
+            f"catalog {where}: {text}; its file is damaged",
+            "stop everything, keep the damaged files, restore the catalog from its backup or begin with none, then "
+            "`lwd data recover` brings back what the store has",
+        )
     if not isinstance(error, sa.exc.OperationalError) and not error.connection_invalidated:
         return None
     full = "disk is full" in text or state == "53100"
@@ -169,10 +208,10 @@ def explain(error: sa.exc.DBAPIError, url: sa.URL) -> LwdError | None:
         full = shutil.disk_usage(Path(url.database).parent).free < _NEARLY_FULL
     if full:
         return StorageFullError(f"the disk of the catalog {where} is full; nothing was committed", "free space on it")
-    if "no such table" in text or "no such column" in text or "readonly" in text:
-        return ConfigError(
-            f"catalog {where}: {text}", "create or upgrade it with Catalog.migrate(), in a writable folder"
-        )
+    if "no such table" in text or "no such column" in text:
+        return ConfigError(f"catalog {where}: {text}", "create or upgrade it with `lwd migrate`")
+    if "readonly" in text:
+        return UnavailableError(f"catalog {where}: {text}", "make the file and its folder writable for this user")
     if state in _REFUSED or _REFUSED_TEXT.search(text):
         return ConfigError(f"catalog {where}: {text}", "correct the user, password and database of LWD_CATALOG")
     return UnavailableError(f"catalog {where}: {text}", "see that it is up and not held by a stuck process, then retry")

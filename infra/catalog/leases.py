@@ -1,10 +1,24 @@
-"""A lease on a role, with a fencing token: of two processes that believe they hold it, only one can write."""
+"""A lease on a role, with a fencing token: of two processes that believe they hold it, only one can write.
+
+When a lease ends is a matter of clocks, and clocks jump. So the catalog's clock decides only where nothing better is
+known:
+
+- An end further ahead than the lease lasts was written by another clock, before a jump or on another machine. Such a
+  lease counts as ended.
+- A process that waits for the lease watches its row by its own monotonic clock. A holder that was seen to renew, or to
+  take the lease from this process, is alive for as long as its lease lasts, whatever the catalog's clock says; one that
+  was not seen to renew for that long is not.
+
+Taking a lease too early costs a change of hands and no more: the token keeps the former holder's writes out.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 import uuid
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -13,12 +27,14 @@ from infra.catalog.schema import leases
 from infra.catalog.store import Catalog
 from infra.errors import LeaseLostError
 
+SLACK_S = 5.0  # clocks that are kept in step differ by less
+
 
 class Lease:
     """One process's hold on `name`.
 
     Args:
-        catalog: where the lease is; its clock decides expiry.
+        catalog: where the lease is.
         name: the role, for example `coordinator`.
         seconds: how long the hold lasts without renewal.
         holder: how others see this process; host, process id and a random part by default.
@@ -30,6 +46,9 @@ class Lease:
         self.holder = holder or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.token = 0  # of the last acquisition; 0 before the first
         self._catalog = catalog
+        self._seen: tuple[object, ...] | None = None  # the row as it was last seen
+        self._seen_at = 0.0  # since when it has been so, by the monotonic clock
+        self._renewed = False  # whether it had been another before
 
     def acquire(self) -> int:
         """Take the lease, or renew it; returns the fencing token, which grows with each change of hands.
@@ -40,13 +59,22 @@ class Lease:
         with self._catalog.begin() as connection:
             row = self._row(connection)
             now = dialect.now(connection)
-            if row is not None and row.holder != self.holder and row.expires_at > now:
-                raise self._lost(row.holder, row.expires_at - now)
-            mine = row is not None and row.holder == self.holder and row.token == self.token
+            mine = row is not None and (row.holder, row.token) == (self.holder, self.token)
+            if row is not None and not mine and row.holder != self.holder:
+                self._watch(row)
+                if (remaining := self._remaining(row, now)) > 0:
+                    raise self._lost(row.holder, remaining)
             token = self.token if mine else (1 if row is None else row.token + 1)
-            values = {"name": self.name, "holder": self.holder, "token": token, "expires_at": now + self.seconds}
+            values = {
+                "name": self.name,
+                "holder": self.holder,
+                "token": token,
+                "expires_at": now + self.seconds,
+                "seconds": self.seconds,
+            }
             dialect.upsert(connection, leases, values)
         self.token = token
+        self._saw(self.holder, token, now + self.seconds)
         return token
 
     def guard(self, connection: sa.Connection) -> None:
@@ -61,7 +89,8 @@ class Lease:
         now = dialect.now(connection)
         if row is None or row.token != self.token or row.holder != self.holder:
             raise self._lost("nobody" if row is None else row.holder, 0.0 if row is None else row.expires_at - now)
-        connection.execute(leases.update().where(leases.c.name == self.name).values(expires_at=now + self.seconds))
+        values = {"expires_at": now + self.seconds, "seconds": self.seconds}
+        connection.execute(leases.update().where(leases.c.name == self.name).values(values))
 
     def release(self) -> None:
         """Let another process take over at once; nothing happens if the lease is not held."""
@@ -69,7 +98,26 @@ class Lease:
             mine = sa.and_(leases.c.name == self.name, leases.c.holder == self.holder, leases.c.token == self.token)
             connection.execute(leases.update().where(mine).values(expires_at=0.0))
 
-    def _row(self, connection: sa.Connection) -> sa.Row[tuple[object, ...]] | None:
+    def _watch(self, row: sa.Row[Any]) -> None:
+        state = (row.holder, row.token, row.expires_at)
+        if state != self._seen:
+            self._renewed = self._seen is not None
+            self._seen, self._seen_at = state, time.monotonic()
+
+    def _saw(self, *state: object) -> None:
+        self._seen, self._seen_at, self._renewed = state, time.monotonic(), False
+
+    def _remaining(self, row: sa.Row[Any], now: float) -> float:
+        """For how long another process's lease still holds, seconds; at most 0 if it has ended."""
+        if row.expires_at <= 0:
+            return 0.0  # given back
+        unseen = row.seconds - (time.monotonic() - self._seen_at)  # of a holder that shows no sign of life
+        if self._renewed or unseen <= 0:
+            return float(unseen)
+        by_clock = row.expires_at - now
+        return 0.0 if by_clock > row.seconds + SLACK_S else float(min(by_clock, unseen))
+
+    def _row(self, connection: sa.Connection) -> sa.Row[Any] | None:
         return connection.execute(sa.select(leases).where(leases.c.name == self.name)).first()
 
     def _lost(self, holder: str, remaining: float) -> LeaseLostError:
@@ -77,3 +125,12 @@ class Lease:
             f"the {self.name} lease is held by {holder} for another {max(remaining, 0.0):.1f} s, not by {self.holder}",
             f"stop {holder}, or wait until its lease ends; only one {self.name} may run",
         )
+
+
+def held(connection: sa.Connection) -> list[tuple[str, str]]:
+    """(name, holder) of the leases that have not ended, by the catalog's clock: a look from outside."""
+    now = dialect.now(connection)
+    ahead = leases.c.expires_at - now
+    live = sa.and_(leases.c.expires_at > now, ahead <= leases.c.seconds + SLACK_S)
+    rows = connection.execute(sa.select(leases.c.name, leases.c.holder).where(live).order_by(leases.c.name))
+    return [(row.name, row.holder) for row in rows]

@@ -169,6 +169,18 @@ collections = Table(  # garbage collections: below the highest floor, snapshots 
     Column("created_at", Double, nullable=False),
 )
 
+recoveries = Table(  # what was brought back from the store, and which losses are known since
+    "recoveries",
+    metadata,
+    Column("id", Sequence64, primary_key=True, autoincrement=True),
+    Column("episodes", Integer, nullable=False),
+    Column("conflicts", Integer, nullable=False),
+    Column("left", Integer, nullable=False),  # objects that are no whole episode
+    Column("holes", JSON, nullable=False),  # table -> numbers that no row has
+    Column("actor", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
 leases = Table(
     "leases",
     metadata,
@@ -176,6 +188,7 @@ leases = Table(
     Column("holder", String(128), nullable=False),
     Column("token", BigInteger, nullable=False),
     Column("expires_at", Double, nullable=False),
+    Column("seconds", Double, nullable=False, server_default="60"),  # how long it lasts without renewal
 )
 
 # --- policies ---------------------------------------------------------------------------------------------------------

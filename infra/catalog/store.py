@@ -13,7 +13,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from infra.catalog import dialect
-from infra.errors import ConfigError
+from infra.catalog.schema import metadata
+from infra.errors import ConfigError, CorruptDataError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -42,7 +43,8 @@ class Catalog:
 
         Raises:
             StorageFullError: the database's disk is full; nothing was committed.
-            UnavailableError: it could not be reached, or stayed locked for 30 s.
+            UnavailableError: it could not be reached, or stayed locked for 30 s, or its file was replaced.
+            CorruptDataError: its file is damaged.
         """
         with self._explained(), self._writer.begin() as connection:
             dialect.lock_writers(connection)
@@ -71,8 +73,13 @@ class Catalog:
             transaction.rollback()
 
     def migrate(self) -> None:
-        """Create the tables or upgrade them to this version's; processes may do so at once."""
+        """Create the tables or upgrade them to this version's; processes may do so at once.
+
+        Raises:
+            ConfigError: they are of a later version.
+        """
         with self.begin() as connection:
+            self._must_be_known(_revision(connection))
             config = Config()
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
             config.attributes["connection"] = connection
@@ -81,15 +88,35 @@ class Catalog:
     def revision(self) -> str | None:
         """Of the tables; None where there are none yet."""
         with self.read() as connection:
-            return MigrationContext.configure(connection).get_current_revision()
+            return _revision(connection)
 
     def check(self) -> None:
         """Raise ConfigError unless the tables are those of this version."""
         head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
         current = self.revision()
+        self._must_be_known(current)
         if current != head:
-            name = self.engine.url.render_as_string(hide_password=True)
-            raise ConfigError(f"catalog {name} has schema {current}, this version needs {head}", "run `lwd migrate`")
+            raise ConfigError(
+                f"catalog {self._name} has schema {current}, this version needs {head}", "run `lwd migrate`"
+            )
+        with self.read() as connection:
+            missing = sorted(metadata.tables.keys() - set(sa.inspect(connection).get_table_names()))
+        if missing:
+            raise CorruptDataError(
+                f"catalog {self._name} has schema {current}, but no table {missing[0]}", "restore it from its backup"
+            )
+
+    @property
+    def _name(self) -> str:
+        return self.engine.url.render_as_string(hide_password=True)
+
+    def _must_be_known(self, revision: str | None) -> None:
+        known = {script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()}
+        if revision is not None and revision not in known:
+            raise ConfigError(
+                f"catalog {self._name} has schema {revision}, which this version does not know: it is of a later one",
+                "use the version of lwd that upgraded it, or restore the backup from before",
+            )
 
     def close(self) -> None:
         """Give the connections back; the catalog opens them again when it is used."""
@@ -104,3 +131,9 @@ class Catalog:
             if explained is None:
                 raise
             raise explained from error
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    """Of the tables; None where there are none yet."""
+    heads = MigrationContext.configure(connection).get_current_heads()
+    return "+".join(sorted(heads)) if heads else None

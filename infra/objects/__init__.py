@@ -69,6 +69,9 @@ class ObjectStore(Protocol):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects whose key begins with `prefix`, a folder, in order of key."""
 
+    def sweep_unfinished(self, older_than_s: float) -> int:
+        """Remove what writes left that were begun longer ago and never ended; returns how many. No object goes."""
+
 
 class PresigningStore(ObjectStore, Protocol):
     """A store that robots reach by URLs which say what they permit, and until when."""

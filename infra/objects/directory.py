@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from stat import S_ISREG
 
 from infra.crashpoints import crashpoint
 from infra.errors import CorruptDataError, StorageFullError, UnavailableError
@@ -77,24 +78,31 @@ class DirectoryStore:
             path.unlink(missing_ok=True)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        for path in sorted(self._path(prefix.rstrip("/")).rglob("*"), key=Path.as_posix):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue  # deleted since it was listed
-            if path.is_file():
+        folder = self._path(prefix.rstrip("/"))
+        with _explained(folder):
+            found = sorted(folder.rglob("*"), key=Path.as_posix)
+        for path in found:
+            with _explained(path):
+                try:
+                    stat = path.stat()
+                except FileNotFoundError:
+                    continue  # deleted since it was listed
+            if S_ISREG(stat.st_mode):
                 yield ObjectInfo(path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime)
 
-    def sweep_aside(self, older_than_s: float) -> int:
-        """Remove files that a crash left half written; returns how many."""
+    @metered
+    def sweep_unfinished(self, older_than_s: float) -> int:
+        """See `ObjectStore.sweep_unfinished`: files that a crash left half written."""
         removed = 0
-        for path in self._aside.iterdir():
-            try:
-                if time.time() - path.stat().st_mtime >= older_than_s:
-                    path.unlink()
-                    removed += 1
-            except FileNotFoundError:
-                continue
+        with _explained(self._aside):
+            self._aside.mkdir(parents=True, exist_ok=True)
+            for path in self._aside.iterdir():
+                try:
+                    if time.time() - path.stat().st_mtime >= older_than_s:
+                        path.unlink()
+                        removed += 1
+                except FileNotFoundError:
+                    continue
         return removed
 
     def _path(self, key: str) -> Path:
@@ -111,6 +119,7 @@ class DirectoryStore:
     def _write(self, key: str, data: bytes | BufferedReader, sha256: str | None = None) -> None:
         target, aside = self._path(key), self._aside / uuid.uuid4().hex
         with _explained(target):
+            self._aside.mkdir(parents=True, exist_ok=True)  # it may have been deleted since
             try:
                 found = _write_file(aside, data)
                 if sha256 not in (None, found):

@@ -141,8 +141,9 @@ class S3Store:
         """A URL that permits GETs of `key`, and nothing else, for that many whole seconds, from 1 to 7 days."""
         return self._bucket.presigned("GET", checked_key(key), _validity(seconds))
 
-    def sweep_uploads(self, older_than_s: float) -> int:
-        """Abort uploads in parts that were begun longer ago and never ended; returns how many.
+    @metered
+    def sweep_unfinished(self, older_than_s: float) -> int:
+        """See `ObjectStore.sweep_unfinished`: uploads in parts, which are aborted.
 
         A presigned PUT is in one part: these are `put`s of more than `PART_BYTES` whose process died.
         """

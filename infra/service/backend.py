@@ -9,16 +9,17 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
-from infra.catalog.schema import episodes, measurements, policies, quarantine, robots, snapshot_episodes
+from infra.catalog.accounting import standings
+from infra.catalog.schema import measurements, policies, robots
 from infra.edge.server import LATENCIES, Heartbeat, Status
 from infra.errors import ConfigError, CorruptDataError, LwdError
-from infra.ingest import Claim, Ingest
+from infra.ingest import Claim, Ingest, status_of
 from infra.objects import ObjectStore
 from infra.policy.announcement import Announcement, base_key, bundle_prefix
 from infra.policy.artifact import BASE
@@ -48,19 +49,18 @@ class Backend:
     def statuses(self, asked: Sequence[tuple[str, str]]) -> list[Status]:
         """`Ingest.status` of several (id, sha256), in one transaction."""
         with self.catalog.read() as connection:
-            rows, held = _standing(connection, [episode_id for episode_id, _ in asked])
-        return [_status(episode_id, sha256, rows, held) for episode_id, sha256 in asked]
+            found = standings(connection, asked)
+        return [status_of(found[name]) for name in asked]
 
     def known(self, claims: Sequence[Claim]) -> list[Status | None]:
         """`Ingest.known` of several, in one transaction."""
         with self.catalog.read() as connection:
-            rows, held = _standing(connection, [claim.episode_id for claim in claims])
+            standing = standings(connection, [(claim.episode_id, claim.sha256) for claim in claims])
         found: list[Status | None] = []
         for claim in claims:
-            row = rows.get(claim.episode_id)
-            mine = row is not None and (row.robot_id, row.sha256) == (claim.robot_id, claim.sha256)
-            status = _status(claim.episode_id, claim.sha256, rows, held) if mine else "unknown"
-            found.append(None if status == "unknown" else status)
+            known = standing[claim.episode_id, claim.sha256]
+            status = status_of(known)
+            found.append(None if status == "unknown" or known.robot_id != claim.robot_id else status)
         return found
 
     def commit(self, uploads: Sequence[tuple[Claim, str]]) -> list[Status | LwdError]:
@@ -166,27 +166,3 @@ class Backend:
                     return False
             self._published.add(digest)
         return True
-
-
-def _standing(connection: sa.Connection, ids: Sequence[str]) -> tuple[Mapping[str, Any], Mapping[tuple[str, str], str]]:
-    """The episodes' rows by id, with where they are members; the stage of what is in quarantine, by (id, sha256)."""
-    columns = (episodes.c.episode_id, episodes.c.robot_id, episodes.c.sha256, snapshot_episodes.c.added)
-    query = (
-        sa.select(*columns)
-        .outerjoin(snapshot_episodes, snapshot_episodes.c.episode_id == episodes.c.episode_id)
-        .where(episodes.c.episode_id.in_(ids))
-    )
-    rows = {row.episode_id: row for row in connection.execute(query)}
-    held = connection.execute(sa.select(quarantine).where(quarantine.c.episode_id.in_(ids)))
-    return rows, {(row.episode_id, row.sha256): row.stage for row in held}
-
-
-def _status(episode_id: str, sha256: str, rows: Mapping[str, Any], held: Mapping[tuple[str, str], str]) -> Status:
-    """As `Ingest.status`."""
-    stage = held.get((episode_id, sha256))
-    if stage is not None:
-        return "unknown" if stage == "store" else "quarantined"
-    row = rows.get(episode_id)
-    if row is None or row.sha256 != sha256:
-        return "unknown"
-    return "committed" if row.added is None else "snapshot"

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from infra.catalog import Catalog
-from infra.catalog.schema import outbox, quarantine, snapshot_episodes
+from infra.catalog.accounting import unaccounted
+from infra.catalog.schema import outbox
 from infra.errors import UnavailableError
 
 REQUESTS_PER_S, NOTES_PER_MIN = 100.0, 60.0  # of one robot: requests of any kind, measurements
@@ -155,9 +156,7 @@ class Backpressure:
             .limit(_SAMPLE)
             .subquery()
         )
-        member = sa.exists().where(snapshot_episodes.c.episode_id == window.c.episode_id)
-        held = sa.exists().where(quarantine.c.episode_id == window.c.episode_id, quarantine.c.sha256 == window.c.sha256)
-        query = sa.select(sa.case((sa.or_(member, held), 1), else_=0)).select_from(window)
+        query = sa.select(sa.case((unaccounted(window), 0), else_=1)).select_from(window)
         with self._catalog.read() as connection:
             settled = connection.execute(query).scalars().all()
         return len(settled) > 0 and 2 * sum(settled) < len(settled)

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
+from infra.catalog.accounting import standings, unaccounted
 from infra.catalog.schema import (
     aliases,
     dead_letters,
@@ -131,8 +132,9 @@ class CatalogMetrics:
         self._due = self._slow_due = 0.0
 
     def _unaccounted(self, connection: sa.Connection, now: float) -> None:
-        for name in _accounted(connection, self._open):
-            del self._open[name]
+        for name, standing in standings(connection, self._open).items():
+            if standing.accounted:
+                del self._open[name]
         last = connection.execute(sa.select(sa.func.max(outbox.c.seq))).scalar() or 0
         until = min(last, self._seen + _SCAN)
         for row in connection.execute(_unsettled(self._seen, until)):
@@ -170,25 +172,8 @@ def times_of(catalog: Catalog, episode_ids: Iterable[str]) -> tuple[list[Times],
 
 def _unsettled(after: int, until: int) -> sa.Select[Any]:
     """Outbox rows of a range whose episodes are unaccounted."""
-    member = sa.exists().where(snapshot_episodes.c.episode_id == outbox.c.episode_id)
-    held = sa.exists().where(quarantine.c.episode_id == outbox.c.episode_id, quarantine.c.sha256 == outbox.c.sha256)
     columns = (outbox.c.episode_id, outbox.c.sha256, outbox.c.created_at)
-    return sa.select(*columns).where(outbox.c.seq > after, outbox.c.seq <= until, ~member, ~held)
-
-
-def _accounted(connection: sa.Connection, names: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Those of the (id, sha256) that are, or were, in a snapshot, or are in quarantine."""
-    wanted = {identifier: sha256 for identifier, sha256 in names}
-    ids, done = sorted(wanted), set()
-    for start in range(0, len(ids), _BATCH):
-        some = ids[start : start + _BATCH]
-        members = sa.select(snapshot_episodes.c.episode_id).where(snapshot_episodes.c.episode_id.in_(some))
-        done |= {(identifier, wanted[identifier]) for identifier in connection.execute(members).scalars()}
-        held = sa.select(quarantine.c.episode_id, quarantine.c.sha256).where(quarantine.c.episode_id.in_(some))
-        done |= {
-            (row.episode_id, row.sha256) for row in connection.execute(held) if wanted[row.episode_id] == row.sha256
-        }
-    return done
+    return sa.select(*columns).where(outbox.c.seq > after, outbox.c.seq <= until, unaccounted(outbox))
 
 
 def _outbox(connection: sa.Connection, now: float) -> None:

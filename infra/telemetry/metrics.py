@@ -223,9 +223,12 @@ CANARY_ROBOTS = Gauge("lwd_canary_robots", "Robots of the canary cohort, while s
 
 RECONCILED = Counter(
     "lwd_reconciled_total",
-    "What the reconciler mended; kind: announced_again, objects_lost, orphans_deleted, incoming_deleted.",
+    "What the reconciler mended; kind: announced_again, objects_lost, incoming_deleted, unfinished_deleted.",
     by="reconciler",
     labels=("kind",),
+)
+ORPHANS = Gauge(
+    "lwd_orphan_objects", "Objects of episodes that the catalog has no row of, at the last sweep.", by="reconciler"
 )
 RECONCILE_FINISHED = Gauge(
     "lwd_reconcile_finished_timestamp_seconds", "When the reconciler last came to its end.", by="reconciler"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable
@@ -11,13 +12,17 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+from flows.cli import app as cli
 from flows.data import app
-from infra.catalog.schema import collections, dead_letters, outbox, quarantine
+from flows.deployment import deployment
+from infra.catalog.leases import Lease
+from infra.catalog.schema import collections, dead_letters, outbox, quarantine, robots
 from infra.coordinator import Coordinator
 from infra.episode import Episode, encode
-from infra.errors import ConfigError, CorruptDataError, LwdError
+from infra.errors import ConfigError, ConflictError, CorruptDataError, LwdError
 from infra.events.outbox import OutboxLog
 from infra.ingest import Ingest
+from infra.objects import episode_key
 from infra.plane import open_catalog, open_objects
 from infra.settings import load_settings
 from infra.snapshots import Snapshots
@@ -123,7 +128,7 @@ def test_reconcile_announces_what_was_lost(plane: Plane, make_episode: Make) -> 
         connection.execute(outbox.delete())
     plane.objects.put("incoming/r0/left", b"x")
     numbers = [word for word in plane.lwd("reconcile", "--grace", "0").split() if word.isdigit()]
-    assert numbers == ["2", "0", "0", "1"]
+    assert numbers == ["2", "0", "0", "1", "0"]
     plane.coordinate()
     assert plane.snapshots.latest().episodes == 2
 
@@ -131,11 +136,11 @@ def test_reconcile_announces_what_was_lost(plane: Plane, make_episode: Make) -> 
 def test_verify_names_what_is_damaged(plane: Plane, make_episode: Make) -> None:
     plane.submit(make_episode(1), make_episode(2))
     plane.coordinate()
-    assert plane.lwd("verify") == "1 snapshots match their digests; the oldest kept whole is 0"
+    assert plane.lwd("verify").startswith("1 snapshots match their digests; the oldest kept whole is 0 2 committed")
     first, second = plane.snapshots.episodes(1)
     plane.objects.put(first.key, b"other bytes")
     plane.objects.delete(second.key)
-    with pytest.raises(CorruptDataError, match="2 objects of snapshot 1 are damaged or gone"):
+    with pytest.raises(CorruptDataError, match="2 objects of committed episodes are damaged or gone"):
         plane.lwd("verify", "--read")
     with plane.catalog.begin() as connection:
         connection.exec_driver_sql("UPDATE episodes SET sha256 = 'x'")
@@ -150,3 +155,89 @@ def test_dead_letters_are_shown_with_their_reasons(plane: Plane) -> None:
             connection.execute(dead_letters.insert().values(payload="{" * 100, reason=f"no JSON {position}", **values))
     said = plane.lwd("dead-letters", "--last", "2")
     assert "no JSON 2" in said and "no JSON 1" in said and "no JSON 0" not in said and said.endswith("3 in all")
+
+
+def test_verify_and_recover_bring_back_what_the_catalog_lost(plane: Plane, make_episode: Make) -> None:
+    kept, lost = [make_episode(seed) for seed in range(2)], [make_episode(seed, robot_id="r7") for seed in (5, 6)]
+    plane.submit(*kept)
+    plane.coordinate()
+    assert "0 objects have no row, 0 rows have no object; 0 episodes wait" in plane.lwd("verify")
+    for episode in lost:
+        data = encode(episode)
+        plane.objects.put(episode_key(hashlib.sha256(data).hexdigest()), data)
+    junk = episode_key("0" * 64)
+    plane.objects.put(junk, b"noise")
+    with pytest.raises(CorruptDataError, match="3 stored objects have no row in the catalog") as caught:
+        plane.lwd("verify")
+    assert "lwd data recover" in caught.value.fix
+    assert "3 stored objects have no row" in plane.lwd("reconcile", "--grace", "0")
+    assert len(list(plane.objects.list("episodes"))) == 5, "nothing was deleted"
+    said = plane.lwd("recover", "--actor", "anna")
+    assert "r7: 2 episodes" in said and f"left as it is: {junk}" in said
+    assert said.endswith("2 episodes committed again, 0 put in quarantine, 1 left")
+    assert "2 episodes wait" in audit_said(plane)
+    plane.coordinate()
+    assert plane.snapshots.latest().episodes == 4
+    with pytest.raises(ConfigError, match="not an object that the catalog lacks"):
+        plane.lwd("discard", plane.snapshots.episodes(2)[0].key)
+    assert plane.lwd("discard", junk) == "1 objects deleted"
+    assert "2 snapshots match" in plane.lwd("verify", "--read")
+
+
+def audit_said(plane: Plane) -> str:
+    """What `lwd data verify` prints before it ends in an error."""
+    done = CliRunner().invoke(app, ["verify", "--home", str(plane.home)], env={"COLUMNS": "160"})
+    return " ".join(done.output.split())
+
+
+def test_a_grace_of_nothing_is_refused_while_somebody_works(plane: Plane, make_episode: Make) -> None:
+    plane.objects.put("incoming/r0/under-way", b"x")
+    lease = Lease(plane.catalog, "coordinator", 10.0, holder="machine:7")
+    lease.acquire()
+    with pytest.raises(ConfigError, match=r"grace of 0 s is too short while coordinator \(machine:7\) is at work"):
+        plane.lwd("reconcile", "--grace", "0")
+    lease.release()
+    beat = {"robot_id": "r9", "cohort": "learning", "last_seen": time.time(), "episodes": 1}
+    with plane.catalog.begin() as connection:
+        connection.execute(robots.insert().values(beat))
+    with pytest.raises(ConfigError, match="robot r9"):
+        plane.lwd("reconcile", "--grace", "59")
+    assert plane.objects.exists("incoming/r0/under-way")
+    plane.lwd("reconcile", "--grace", "60")
+    assert plane.objects.exists("incoming/r0/under-way")
+    with plane.catalog.begin() as connection:
+        connection.execute(robots.update().values(last_seen=time.time() - 120.0))
+    plane.lwd("reconcile", "--grace", "0")
+    assert not plane.objects.exists("incoming/r0/under-way")
+
+
+def test_a_home_without_its_catalog_is_built_again(plane: Plane, make_episode: Make) -> None:
+    plane.submit(make_episode(1), make_episode(2))
+    plane.coordinate()
+    plane.catalog.close()
+    for path in plane.home.glob("catalog.db*"):
+        path.write_bytes(b"\xa5" * 5000)
+    with pytest.raises(CorruptDataError, match="is damaged"):
+        plane.lwd("verify")
+    for path in plane.home.glob("catalog.db*"):
+        path.unlink()
+    assert plane.lwd("recover").endswith("2 episodes committed again, 0 put in quarantine, 0 left")
+    rebuilt = Plane(plane.home)
+    rebuilt.coordinate()
+    assert rebuilt.snapshots.latest().episodes == 2
+    rebuilt.lwd("verify", "--read")
+
+
+def test_all_who_ask_say_the_same_of_what_is_unaccounted(plane: Plane, make_episode: Make) -> None:
+    episode = make_episode(1)
+    plane.submit(episode)
+    with pytest.raises(ConflictError):
+        plane.submit(dataclasses.replace(episode, instruction="another"))
+    with deployment(plane.home) as opened:
+        assert opened.unaccounted() == 1
+    said = CliRunner().invoke(cli, ["status", "--home", str(plane.home)], env={"COLUMNS": "160"}).output
+    assert "quarantine: 1; unaccounted: 1" in said
+    assert "1 episodes wait for the coordinator" in plane.lwd("verify")
+    plane.coordinate()
+    said = CliRunner().invoke(cli, ["status", "--home", str(plane.home)], env={"COLUMNS": "160"}).output
+    assert "quarantine: 1; unaccounted: 0" in said

@@ -63,6 +63,12 @@ class ObjectsContract:
         store.put("policies/1/weights", tmp_path / "f")
         assert store.get("policies/1/weights") == data
 
+    def test_a_sweep_of_what_never_ended_takes_no_object(self, store: ObjectStore) -> None:
+        incoming = upload(store, GOOD)
+        final = store.accept(incoming, digest(GOOD), len(GOOD))
+        assert store.sweep_unfinished(older_than_s=-60) == 0
+        assert store.get(final) == store.get(incoming) == GOOD
+
     def test_keys_are_taken_literally(self, store: ObjectStore) -> None:
         odd = sorted(f"odd/{name}" for name in ("a b+c%2F&d=?#e", "Ü/é/日本", "a/" + "k" * 200, "~!@$^*()_-=,.;'"))
         for key in odd:

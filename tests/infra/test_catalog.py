@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ from invariants import in_process, start_process
 from sqlalchemy.dialects import postgresql
 
 from infra.catalog import Catalog, dialect, schema
-from infra.catalog.leases import Lease
-from infra.errors import ConfigError, LeaseLostError, StorageFullError, UnavailableError
+from infra.catalog.leases import Lease, held
+from infra.errors import ConfigError, CorruptDataError, LeaseLostError, StorageFullError, UnavailableError
+from infra.plane import open_catalog
+from infra.settings import load_settings
 
 
 def url(home: Path) -> str:
@@ -281,3 +286,183 @@ def test_a_killed_writer_leaves_nothing_and_blocks_nobody(catalog: Catalog, tmp_
     with catalog.begin() as connection:
         measure(connection, 2.0)
     assert count(catalog) == 1
+
+
+# --- clocks that jump -------------------------------------------------------------------------------------------------
+
+DAY = 86_400.0
+
+
+def _take_and_die(home: Path, name: str, seconds: float, ahead: float) -> None:
+    """A machine whose clock is wrong by `ahead` takes a lease and is killed."""
+    dialect.now = lambda connection: time.time() + ahead  # type: ignore[assignment]
+    Lease(Catalog(url(home)), name, seconds).acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ahead", [DAY, 3 * 365 * DAY, 60.0, 1e300])
+def test_a_lease_of_a_clock_that_is_ahead_silences_nobody(catalog: Catalog, tmp_path: Path, ahead: float) -> None:
+    assert in_process(_take_and_die, tmp_path, "coordinator", 10.0, ahead) == -9
+    assert Lease(catalog, "coordinator", 10.0).acquire() == 2
+
+
+def test_a_lease_of_a_clock_that_is_behind_lasts_as_long_as_it_is_renewed(catalog: Catalog, tmp_path: Path) -> None:
+    assert in_process(_take_and_die, tmp_path, "coordinator", 10.0, -DAY) == -9
+    assert Lease(catalog, "coordinator", 10.0).acquire() == 2
+
+
+def test_a_lease_that_is_not_renewed_ends_though_the_clock_stands(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The waiter goes by its own monotonic clock where the catalog's is put back again and again."""
+    clock, own = Clock(monkeypatch), [50.0]
+    monkeypatch.setattr("infra.catalog.leases.time.monotonic", lambda: own[0])
+    Lease(catalog, "c", 10.0, "dead").acquire()
+    waiter = Lease(catalog, "c", 60.0, "waiter")  # what counts is what the holder asked for
+    for _ in range(4):
+        with pytest.raises(LeaseLostError, match="held by dead"):
+            waiter.acquire()
+        own[0] += 3.0
+        clock.now -= 1.0
+    assert waiter.acquire() == 2
+
+
+@pytest.mark.parametrize("jump", [DAY, -DAY])
+def test_a_holder_that_renews_keeps_its_lease_from_who_watches_it(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    clock, own = Clock(monkeypatch), [50.0]
+    monkeypatch.setattr("infra.catalog.leases.time.monotonic", lambda: own[0])
+    holder, waiter = Lease(catalog, "c", 10.0, "holder"), Lease(catalog, "c", 10.0, "waiter")
+    clock.now = 10 * DAY
+
+    def pass_by(seconds: float) -> None:
+        clock.now += seconds
+        own[0] += seconds
+
+    for step in range(12):
+        holder.acquire()
+        with pytest.raises(LeaseLostError):
+            waiter.acquire()
+        pass_by(3.0)
+        if step == 6:
+            clock.now += jump
+            with pytest.raises(LeaseLostError):
+                waiter.acquire()
+    pass_by(11.0)  # it died
+    assert waiter.acquire() == 2
+
+
+def _contend(home: Path, name: str, ahead: float, rounds: int) -> None:
+    """What a standby process does, with a clock that is wrong by `ahead`."""
+    dialect.now = lambda connection: time.time() + ahead  # type: ignore[assignment]
+    catalog = Catalog(url(home))
+    lease = Lease(catalog, "c", 0.6, name)
+    for _ in range(rounds):
+        try:
+            lease.acquire()
+            with catalog.begin() as connection:
+                lease.guard(connection)
+                values = {"name": name, "value": float(lease.token), "at": 0.0}
+                connection.execute(schema.measurements.insert().values(values))
+        except LeaseLostError:
+            pass
+        time.sleep(0.05)
+
+
+def test_two_machines_whose_clocks_differ_by_a_day_do_not_take_turns(catalog: Catalog, tmp_path: Path) -> None:
+    processes = [start_process(_contend, tmp_path, name, ahead, 40) for name, ahead in (("ahead", DAY), ("right", 0.0))]
+    for process in processes:
+        process.join()
+    with catalog.read() as connection:
+        rows = connection.execute(sa.select(schema.measurements).order_by(schema.measurements.c.id)).all()
+    assert [row.value for row in rows] == sorted(row.value for row in rows), "fenced"
+    assert len({(row.name, row.value) for row in rows}) == len({row.value for row in rows}), "one holder for each token"
+    assert max(row.value for row in rows) <= 4, "a hand-over at most each way, and one when the first ends"
+
+
+def test_who_looks_from_outside_sees_the_living_holders_alone(catalog: Catalog) -> None:
+    mine = Lease(catalog, "coordinator", 10.0, "me")
+    mine.acquire()
+    with catalog.begin() as connection:
+        values = {"holder": "x", "token": 1, "seconds": 10.0}
+        connection.execute(schema.leases.insert().values(name="old", expires_at=1.0, **values))
+        connection.execute(schema.leases.insert().values(name="wild", expires_at=time.time() + DAY, **values))
+    with catalog.read() as connection:
+        assert held(connection) == [("coordinator", "me")]
+    mine.release()
+    with catalog.read() as connection:
+        assert held(connection) == []
+
+
+# --- files that are no catalog ----------------------------------------------------------------------------------------
+
+
+def _open(home: Path) -> None:
+    open_catalog(load_settings(home=home), migrate=True).close()
+
+
+@pytest.mark.parametrize("content", [b"x" * 5000, b"SQLite format 3\x00" + b"\xff" * 8000, b"\x00" * 4096])
+def test_a_file_that_is_no_database_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "catalog.db").write_bytes(content)
+    with pytest.raises((CorruptDataError, ConfigError), match=r"catalog.*catalog\.db"):
+        _open(tmp_path)
+    assert (tmp_path / "catalog.db").read_bytes() == content, "it is kept for a person"
+
+
+def test_a_file_that_is_cut_off_is_named(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.close()
+    path = tmp_path / "catalog.db"
+    path.write_bytes(path.read_bytes()[: 4096 * 3])
+    with pytest.raises(CorruptDataError, match="damaged"):
+        _open(tmp_path)
+
+
+@pytest.mark.parametrize("revision", ["9999", "", "f00d; drop table", "é"])
+def test_a_catalog_of_a_later_version_is_left_alone(catalog: Catalog, tmp_path: Path, revision: str) -> None:
+    with catalog.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = :r"), {"r": revision})
+    for work in (catalog.migrate, catalog.check, lambda: _open(tmp_path)):
+        with pytest.raises(ConfigError, match="of a later one"):
+            work()
+    assert catalog.revision() == revision
+
+
+@pytest.mark.parametrize("table", ["pins", "snapshots", "outbox"])
+def test_a_missing_table_is_named(catalog: Catalog, tmp_path: Path, table: str) -> None:
+    with catalog.begin() as connection:
+        connection.exec_driver_sql(f"DROP TABLE {table}")
+    with pytest.raises(CorruptDataError, match=f"no table {table}"):
+        _open(tmp_path)
+
+
+def test_a_folder_in_place_of_the_catalog_is_named(tmp_path: Path) -> None:
+    (tmp_path / "catalog.db").mkdir()
+    with pytest.raises(UnavailableError, match=r"catalog\.db"):
+        _open(tmp_path)
+
+
+def test_a_catalog_that_cannot_be_written_is_named(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.close()
+    reader = Catalog(f"sqlite:///file:{tmp_path / 'catalog.db'}?mode=ro&uri=true")
+    with pytest.raises(UnavailableError, match="readonly"), reader.begin() as connection:
+        measure(connection, 1.0)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_taken_away_acknowledges_nothing(catalog: Catalog, tmp_path: Path, replaced: bool) -> None:
+    """SQLite itself would go on writing to the file that has no name any more."""
+    with catalog.begin() as connection:
+        measure(connection, 1.0)
+    for path in tmp_path.glob("catalog.db*"):
+        path.rename(tmp_path / f"moved-{path.name}")
+    if replaced:
+        other = Catalog(url(tmp_path))
+        other.migrate()
+        other.close()
+    with pytest.raises(UnavailableError, match="removed or replaced"), catalog.begin() as connection:
+        measure(connection, 2.0)
+    if replaced:  # and goes on with the one that is there
+        with catalog.begin() as connection:
+            measure(connection, 3.0)
+        assert count(catalog) == 1

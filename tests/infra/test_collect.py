@@ -14,11 +14,11 @@ from test_prefetcher import commit
 from test_reader import read_to
 
 from infra.catalog import dialect
-from infra.catalog.schema import collections, episodes
+from infra.catalog.schema import collections, episodes, snapshot_episodes
 from infra.collect import PIN_S, Collection, collect, pin
 from infra.crashpoints import registered
 from infra.episode import encode
-from infra.errors import ConfigError
+from infra.errors import ConfigError, CorruptDataError
 from infra.reader import SnapshotReader
 from infra.settings import load_settings
 
@@ -183,3 +183,13 @@ def test_a_new_reader_begins_below_the_floor(plane: Plane, clock: list[float]) -
         found = read_to(reader, 6)
     assert (found[0].after, found[0].version) == (0, 6)
     assert len(found[0].added) == 6
+
+
+def test_a_catalog_that_was_changed_by_hand_frees_nothing(plane: Plane, clock: list[float]) -> None:
+    withdraw(plane, clock, 0, 5)
+    before = len(list(plane.objects.list("episodes")))
+    with plane.catalog.begin() as connection:
+        connection.execute(snapshot_episodes.update().where(snapshot_episodes.c.added == 2).values(removed=3))
+    with pytest.raises(CorruptDataError, match="does not match its digest"):
+        collect(plane.catalog, plane.objects, keep_s=0.0)
+    assert len(list(plane.objects.list("episodes"))) == before

@@ -38,7 +38,7 @@ from infra.reconcile import reconcile
 CORE = ("coordinator.py", "ingest.py", "objects/directory.py", "reconcile.py", "snapshots.py", "catalog/")
 # Where the crash points of other files are enumerated and passed.
 ELSEWHERE = {"policy/": "policy", "edge/": "edge", "fleet/": "fleet", "service/": "service", "reader.py": "",
-             "prefetcher.py": "", "collect.py": "", "events/": "../system"}  # fmt: skip
+             "prefetcher.py": "", "collect.py": "", "recover.py": "", "events/": "../system"}  # fmt: skip
 POINTS = [name for name, where in registered().items() if where.startswith(CORE) and name != "coordinator.started"]
 EPISODES = 6
 ALTERED = f"{4:032x}"

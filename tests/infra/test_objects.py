@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,8 @@ def test_a_killed_writer_leaves_the_old_object_or_the_new(tmp_path: Path, point:
     assert [item.key for item in store.list("k")] == []  # `k` is an object, not a folder
     store.put("k", b"newer")
     assert store.get("k") == b"newer"
-    store.sweep_aside(older_than_s=3600)
-    store.sweep_aside(older_than_s=0)
+    store.sweep_unfinished(older_than_s=3600)
+    store.sweep_unfinished(older_than_s=0)
     assert list((tmp_path / ".aside").iterdir()) == []
 
 
@@ -146,3 +147,13 @@ def test_processes_that_write_one_key_never_mix(tmp_path: Path) -> None:
     for process in processes:
         process.join(60)
     assert DirectoryStore(tmp_path).get("k") in contents
+
+
+def test_folders_that_were_deleted_are_made_again(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "objects")
+    store.put("incoming/r0/a", b"1")
+    shutil.rmtree(tmp_path / "objects")
+    assert list(store.list("incoming")) == [] and store.sweep_unfinished(0.0) == 0
+    shutil.rmtree(tmp_path / "objects")
+    store.put("incoming/r0/b", b"2")
+    assert store.get("incoming/r0/b") == b"2"

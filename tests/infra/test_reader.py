@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import threading
 import time
@@ -13,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from invariants import Plane, open_plane
 from test_prefetcher import commit, prefetcher
+from waiting import wait_until
 
 from infra.catalog import schema
 from infra.crashpoints import VARIABLE
@@ -232,3 +235,83 @@ def test_increments_lead_to_one_order_whichever_way_was_taken(plane: Plane, depl
         late = [episode.episode_id for increment in steps for episode in increment.added]
     assert len(steps) == 1 and early == late and gone not in late
     assert late != sorted(late)
+
+
+# --- a cache that is emptied, altered or taken away -------------------------------------------------------------------
+
+
+def replace_by_folders(folder: Path) -> None:
+    for path in folder.glob("new/*.tar"):
+        path.unlink(missing_ok=True)
+        path.mkdir(parents=True)
+
+
+def alter(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def work(folder: Path) -> None:
+        for path in folder.glob("new/*.tar"):
+            path.write_bytes(change(path.read_bytes()))
+
+    return work
+
+
+HARM: dict[str, Callable[[Path], None]] = {
+    "cache deleted": lambda folder: shutil.rmtree(folder.parent, ignore_errors=True),
+    "new deleted": lambda folder: shutil.rmtree(folder / "new", ignore_errors=True),
+    "kept deleted": lambda folder: shutil.rmtree(folder / "kept", ignore_errors=True),
+    "mark deleted": lambda folder: (folder / "fetched").unlink(missing_ok=True),
+    "altered": alter(lambda data: bytes(len(data))),
+    "folders in place of files": replace_by_folders,
+}
+
+
+@pytest.mark.parametrize("harm", HARM.values(), ids=HARM)
+def test_a_cache_that_is_harmed_is_fetched_again(
+    plane: Plane, deployment: Settings, harm: Callable[[Path], None]
+) -> None:
+    """With a live prefetcher: before anything was taken, and with nothing left to do."""
+    commit(plane, range(6), micro_batch=2)
+    folder = deployment.cache_dir / "learner"
+    with SnapshotReader(deployment) as reader:
+        wait_until(lambda: Cache(folder).marked() == 3, "nothing was fetched")
+        harm(folder)
+        found = read_to(reader, 3)
+        harm(folder)
+        assert reader.poll() is None
+        commit(plane, range(6, 8))
+        found += read_to(reader, 4)
+    assert held(found) == {f"{number:032x}" for number in range(8)}
+    assert sum(len(increment.added) for increment in found) == 8 and plane.snapshots.latest().version == 4
+
+
+def test_a_cache_that_is_harmed_again_and_again_is_no_stall(plane: Plane, deployment: Settings) -> None:
+    commit(plane, range(12), micro_batch=3)
+    rng, found, end = random.Random(5), [], time.monotonic() + 200
+    folder = deployment.cache_dir / "learner"
+    with SnapshotReader(deployment) as reader:
+        for _ in range(12):
+            time.sleep(0.15)
+            if (folder / "new").is_dir():
+                rng.choice([*HARM.values()])(folder)
+            if (increment := reader.poll()) is not None:
+                found.append(increment)
+        while reader.version < 4 and time.monotonic() < end:
+            if (increment := reader.wait(5)) is not None:
+                found.append(increment)
+    assert held(found) == {f"{number:032x}" for number in range(12)}
+
+
+def test_a_cache_that_cannot_be_used_is_an_error_until_it_can(plane: Plane, deployment: Settings) -> None:
+    commit(plane, range(2))
+    folder = deployment.cache_dir / "learner"
+    with SnapshotReader(deployment) as reader:
+        read_to(reader, 1)
+        shutil.rmtree(folder)
+        folder.write_text("no folder")
+        commit(plane, range(2, 4))
+        with pytest.raises(UnavailableError, match=f"the cache {folder} of learner cannot be used"):
+            reader.wait(20)
+        with pytest.raises(UnavailableError, match="cannot be used"):
+            SnapshotReader(deployment)
+        folder.unlink()
+        (last,) = read_to(reader, 2)
+    assert len(last.added) == 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,15 @@ from invariants import Plane, digest, example_episode, in_process, open_plane, s
 from test_coordinator import coordinator, drain, members
 from waiting import wait_until
 
+from infra.catalog import dialect
 from infra.catalog.leases import Lease
 from infra.catalog.schema import episodes, outbox
 from infra.episode import encode
 from infra.errors import LeaseLostError, UnavailableError
-from infra.objects import incoming_key
+from infra.objects import ASIDE, episode_key, incoming_key
 from infra.reconcile import ROLE, Reconciliation, main, reconcile, run, settled_until
+
+DAY = 86_400.0
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def test_the_reconciler_announces_what_a_broker_lost(plane: Plane) -> None:
     assert reconcile(plane.catalog, plane.objects, now=later) == Reconciliation(0, 0, 0, 0)
 
 
-def test_the_reconciler_asks_for_lost_objects_and_sweeps_orphans(plane: Plane) -> None:
+def test_the_reconciler_asks_for_lost_objects_and_keeps_orphans(plane: Plane) -> None:
     plane.submit(example_episode(1))
     plane.submit(example_episode(2))
     drain(coordinator(plane))
@@ -54,6 +60,7 @@ def test_the_reconciler_asks_for_lost_objects_and_sweeps_orphans(plane: Plane) -
     plane.objects.accept(upload, digest(orphan), len(orphan))
     plane.objects.delete(upload)
     assert reconcile(plane.catalog, plane.objects, now=2.0e10) == Reconciliation(0, 1, 1, 1)
+    assert plane.objects.exists(episode_key(digest(orphan)))  # it may be all that is left of an acknowledged episode
     assert plane.ingest.status(f"{3:032x}") == "unknown"
     for number in (3, 4):  # what their spools do
         plane.submit(example_episode(number))
@@ -62,16 +69,64 @@ def test_the_reconciler_asks_for_lost_objects_and_sweeps_orphans(plane: Plane) -
 
 
 def test_a_sweep_looks_at_any_number_of_objects(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.reconcile._BATCH", 3)
+    monkeypatch.setattr("infra.audit._BATCH", 3)
     for number in range(4):
         plane.submit(example_episode(number))
     for number in range(5):
         plane.objects.put(f"episodes/00/{number}.tar", b"x")
     later = 2.0e10
     quiet = reconcile(plane.catalog, plane.objects, now=later, sweep=False)
-    assert quiet.orphans_deleted == 0 and len(list(plane.objects.list("episodes"))) == 9
-    assert reconcile(plane.catalog, plane.objects, now=later).orphans_deleted == 5
-    assert len(list(plane.objects.list("episodes"))) == 4
+    assert quiet.orphans == 0
+    assert reconcile(plane.catalog, plane.objects, now=later).orphans == 5
+    assert len(list(plane.objects.list("episodes"))) == 9
+
+
+@pytest.mark.parametrize("jump", [DAY, -DAY])
+def test_ages_go_by_the_catalogs_clock(plane: Plane, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """This machine's clock, a day off, neither announces again at each look nor leaves what was lost."""
+    here = time.time
+    monkeypatch.setattr("infra.reconcile.time.time", lambda: here() + jump)
+    monkeypatch.setattr(dialect, "now", lambda connection: here())
+    plane.submit(example_episode(1))
+    assert reconcile(plane.catalog, plane.objects).announced_again == 0
+    at(plane, 1, here() - 7200)
+    forget(plane, 1)
+    assert [reconcile(plane.catalog, plane.objects).announced_again for _ in range(3)] == [1, 0, 0]
+
+
+def test_what_was_committed_by_a_clock_that_was_put_back_is_not_left(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = time.time
+    monkeypatch.setattr(dialect, "now", lambda connection: here() + DAY)
+    for number in (1, 2):
+        plane.submit(example_episode(number))
+    monkeypatch.setattr(dialect, "now", lambda connection: here())
+    forget(plane, 1)
+    since = settled_until(plane.catalog, 0.0, here() - 3600)
+    found = [reconcile(plane.catalog, plane.objects, since=since).announced_again for _ in range(3)]
+    assert found == [2, 0, 0], "both once: a time that is to come says nothing of an age"
+    plane.settle()
+    assert members(plane) == {1, 2}
+
+
+def test_a_sweep_removes_writes_that_never_ended(plane: Plane) -> None:
+    """Files that a killed process left half written; a young one may be at work still, and objects stay."""
+    plane.submit(example_episode(1))
+    aside = plane.home / "objects" / ASIDE
+    for name, age in (("old", 90_000.0), ("day", 80_000.0), ("young", 0.0)):
+        (aside / name).write_bytes(b"half")
+        os.utime(aside / name, (time.time() - age,) * 2)
+    assert reconcile(plane.catalog, plane.objects, sweep=False).unfinished_deleted == 0
+    assert reconcile(plane.catalog, plane.objects).unfinished_deleted == 1
+    assert {path.name for path in aside.iterdir()} == {"day", "young"}
+    found = reconcile(plane.catalog, plane.objects, grace_s=3600.0, unfinished_s=60.0)
+    assert found.unfinished_deleted == 1, "not younger than the grace"
+    assert reconcile(plane.catalog, plane.objects, grace_s=0.0, unfinished_s=0.0).unfinished_deleted == 1
+    assert len(list(plane.objects.list("episodes"))) == 1
+    shutil.rmtree(aside)
+    assert reconcile(plane.catalog, plane.objects).unfinished_deleted == 0
+    plane.submit(example_episode(2))
 
 
 def test_a_look_begins_at_the_oldest_unsettled_episode(plane: Plane) -> None:

@@ -240,9 +240,9 @@ def test_uploads_in_parts_that_never_ended_are_swept(store: S3Store) -> None:
         client._upload_part(name, key, GOOD, None, begun, 1)
     store.put("incoming/r0/c", bytes(PART_BYTES + 1))
     assert keys(store, "incoming") == ["incoming/r0/c"]  # what has not ended is not there
-    assert store.sweep_uploads(older_than_s=3600) == 0
-    assert store.sweep_uploads(older_than_s=-60) == 2
-    assert store.sweep_uploads(older_than_s=-60) == 0
+    assert store.sweep_unfinished(older_than_s=3600) == 0
+    assert store.sweep_unfinished(older_than_s=-60) == 2
+    assert store.sweep_unfinished(older_than_s=-60) == 0
     assert not store._bucket.abort("incoming/r0/a", begun)
     assert store.get("incoming/r0/c") == bytes(PART_BYTES + 1)
 
@@ -318,7 +318,7 @@ def test_what_is_denied_names_the_setting_and_no_secret(
         lambda: store.delete("a"),
         lambda: list(store.list("a")),
         lambda: store.accept("a", digest(b"x"), 1),
-        lambda: store.sweep_uploads(0),
+        lambda: store.sweep_unfinished(0),
     )
     assert settings.s3_secret_key is not None and settings.s3_access_key is not None
     for act in acts:

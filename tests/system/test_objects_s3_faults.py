@@ -134,7 +134,7 @@ def test_an_upload_in_parts_bears_a_lost_answer_at_each_step(
         store.put("incoming/r0/a", data)
         assert digest(direct.get("incoming/r0/a")) == digest(data)
     assert proxy.counts()["cut"] >= 4
-    store.sweep_uploads(-60)
+    store.sweep_unfinished(-60)
     assert keys(direct, "incoming") == ["incoming/r0/a"]
 
 

@@ -3,7 +3,8 @@
 Every rank refuses the same episodes of an increment; rank 0 withdraws them. A withdrawal that was cut short is done
 again when the increment is read again, and changes nothing where it was done already. A fault of the learner itself
 would refuse everything: after `IN_A_ROW` refusals for one reason without an episode taken between them, from more than
-one robot or before any episode was taken, the learner stops instead of withdrawing more. The count outlives it.
+one robot or before any episode was taken, or for more than `SHARE` of an increment,
+the learner stops instead of withdrawing more. The count outlives it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lwd_model.config import PolicyConfig
 from lwd_model.intake import refusal
 
 REFUSALS = "refusals.json"
-IN_A_ROW = 10
+IN_A_ROW, SHARE = 10, 0.2
 _WRITER = "learner"
 _log = logging.getLogger("lwd.learner")
 
@@ -74,6 +75,7 @@ class Intake:
         if taken and self._row:
             self._row = []
             self._file.unlink(missing_ok=True)
+        self._not_the_learner(list(refused.values()), len(increment.added))
         for episode, kind, reason in refused.values():
             self._withdraw(self._snapshots, episode, kind, reason, stop)
         return taken
@@ -90,6 +92,19 @@ class Intake:
         except Exception as error:  # whatever an episode can provoke is that episode's matter, never the fleet's
             _log.exception("episode %s could not be turned into samples", episode.episode_id)
             return type(error).__name__, f"{type(error).__name__}: {str(error)[:200]}"
+
+    @staticmethod
+    def _not_the_learner(refused: list[tuple[Episode, str, str]], added: int) -> None:
+        """ConfigError where so much of one increment is refused for one reason that the learner may be at fault."""
+        for kind in {kind for _, kind, _ in refused}:
+            alike = [(episode, reason) for episode, other, reason in refused if other == kind]
+            robots = {episode.robot_id for episode, _ in alike}
+            if len(alike) > max(IN_A_ROW, SHARE * added) and len(robots) > 1:
+                raise ConfigError(
+                    f"the learner refused {len(alike)} of {added} episodes of {len(robots)} robots because of their "
+                    f"{kind}, for example {alike[0][0].episode_id}: {alike[0][1]}",
+                    "see whether the policy or the robots are wrong; none of them was withdrawn",
+                )
 
     def _withdraw(self, snapshots: Snapshots, episode: Episode, kind: str, reason: str, stop: threading.Event) -> None:
         entry = {"id": episode.episode_id, "kind": kind, "robot": str(episode.robot_id)[:80]}

@@ -252,7 +252,9 @@ class LWDAgent(nn.Module):
             replay_actions=batch.actions.repeat(c.samples, 1, 1) if c.endpoint == "replay_grad" else None,
         )  # fmt: skip
         norm = self._step("policy", policy, mine, result.loss, self.counters["rl"])
-        return {"qam/loss": result.loss.detach(), "gradient/policy": norm} | {f"qam/{name}": value for name, value in result.metrics.items()}
+        return {"qam/loss": result.loss.detach(), "gradient/policy": norm} | {
+            f"qam/{name}": value for name, value in result.metrics.items()
+        }
 
     # --- shared parts ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ several machines are started with torchrun itself and need the home's folder on 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -25,7 +26,11 @@ from typing import Any
 import numpy as np
 
 from flows.deployment import Deployment, deployment
+from flows.learner_health import Recovery
+from flows.learner_intake import Intake
+from flows.learner_lease import LearnerLease
 from flows.params import Params, load_params
+from flows.stages.checked import checked_episodes
 from flows.stages.common import BUFFER, CHECKPOINT, OFFLINE, n_step, replay_for
 from infra.errors import UnavailableError
 from infra.files import write_durably
@@ -36,7 +41,6 @@ from lwd_model.bundle import export_bundle
 from lwd_model.chunks import Batch, Replay, mixed_sample
 from lwd_model.learner import Learner
 from lwd_model.ranks import AgreedReader, Ranks
-from lwd_model.shards import read_buffer
 
 STATUS, ROWS = "status.json", "training.jsonl"
 _TELL_S = 1.0
@@ -58,6 +62,9 @@ class OnlineLearner:
     offline: Replay
     online: Replay
     began_at: int
+    intake: Intake
+    recovery: Recovery
+    lease: LearnerLease | None  # rank 0's
     fresh: dict[str, float] = field(default_factory=dict)  # online episodes never drawn from: held since when
 
     @property
@@ -70,27 +77,45 @@ class OnlineLearner:
         p = self.params.online
         return min(p.updates, int(len(self.online.episodes) * p.updates_per_episode))
 
-    def take(self, increment: Increment) -> None:
-        """Bring the online replay to the increment's snapshot."""
+    def take(self, increment: Increment, stop: threading.Event) -> None:
+        """Bring the online replay to the increment's snapshot; what cannot be taken is withdrawn."""
+        taken = self.intake.take(increment, stop)
         for episode_id in increment.removed:
-            self.online.remove(episode_id)
             self.fresh.pop(episode_id, None)
-        for episode in increment.added:
-            self.online.add(episode, n_step(episode.task, self.learner.config.learner))
         self.learner.snapshot_version = increment.version
         if milestones.on() and self.learner.ranks.rank == 0:  # the others draw the rest of the same batches
-            self.fresh |= {episode.episode_id: time.time() for episode in increment.added}
+            self.fresh |= {episode.episode_id: time.time() for episode in taken}
         metrics.REPLAY_EPISODES.set(len(self.online.episodes))
 
     def update(self) -> dict[str, float] | None:
-        """One update; its metrics every 20."""
+        """One update; its metrics every 20. A fall is handled: the learner is then back at its good checkpoint.
+
+        Raises:
+            DivergedError: too many falls in a row.
+        """
         every: list[dict[str, float] | None] = []
         with metrics.UPDATE_SECONDS.time():
             self.learner.fit(self._sample, 1, on_step=lambda _, row: every.append(row), metrics_every=20)
         metrics.UPDATES.inc()
-        for kind, value in (every[0] or {}).items():
+        row = every[0]
+        # Fetching numbers stalls a GPU; before anything is published they are looked at in any case.
+        due = row is not None or self.learner.fabric.device.type == "cpu" or self.publishes
+        if due:
+            numbers = row or {kind: float(value) for kind, value in self.learner.numbers.items()}
+            problem = self.recovery.judge(numbers)
+            if problem is None and self.publishes:
+                problem = self.recovery.judge_weights()
+            if problem is not None:
+                self.recovery.fall(problem)
+                return None
+        for kind, value in (row or {}).items():
             metrics.TRAINING.set(value, kind=kind)
-        return every[0]
+        return row
+
+    @property
+    def publishes(self) -> bool:
+        """Whether a policy is due after as many updates as were done."""
+        return self.updates % self.params.online.publish_every == 0 or self.updates >= self.params.online.updates
 
     def _sample(self, rng: np.random.Generator) -> Batch:
         config, part = self.learner.config.learner, self.learner.ranks.part(self.learner.config.learner.batch)
@@ -103,7 +128,12 @@ class OnlineLearner:
         return batch
 
     def publish(self) -> int:
-        """Publish the deployed policy and keep a checkpoint that knows of it."""
+        """Publish the deployed policy and keep a checkpoint that knows of it.
+
+        Raises:
+            LeaseLostError: another learner took over; nothing was announced or saved.
+            DivergedError: the policy is not finite.
+        """
         agent = self.learner.agent
         with metrics.PUBLISH_SECONDS.time():
             bundle = export_bundle(agent.deployed, agent.normaliser, self.learner.config.policy, self.folder / "bundle")
@@ -112,10 +142,19 @@ class OnlineLearner:
                 snapshot_version=self.learner.snapshot_version or 0,
                 parent=self.learner.position.get("version"),
                 details={"stage": "online", "updates": self.updates, "episodes": len(self.online.episodes)},
+                guard=self.lease.guard if self.lease else None,
             )
         self.learner.position |= {"version": version, "published_at": self.updates}
-        self.learner.save(self.folder / CHECKPOINT)
+        self.save()
         return version
+
+    def save(self) -> None:
+        """Keep a checkpoint; LeaseLostError if another learner took over."""
+        if self.lease is not None:
+            self.lease.prove()
+        self.recovery.grow_good()
+        self.learner.save(self.folder / CHECKPOINT)
+        self.recovery.saved()
 
     def tell(self, started: float) -> None:
         """Write the status that the flow shows."""
@@ -125,14 +164,16 @@ class OnlineLearner:
             "episodes": len(self.online.episodes),
             "version": self.learner.position.get("version"),
             "snapshot": self.learner.snapshot_version or 0,
+            "falls": self.recovery.falls,
+            "problem": self.recovery.problem,
             "seconds": round(time.monotonic() - started, 1),
         }
-        write_durably(self.folder / STATUS, json.dumps(status).encode())
+        write_durably(self.folder / STATUS, json.dumps(status, allow_nan=False).encode())
         metrics.UPDATES_DONE.set(self.updates)
         metrics.UPDATES_ALLOWED.set(self.allowed)
 
 
-def start(params: Params, plane: Deployment, ranks: Ranks) -> OnlineLearner:
+def start(params: Params, plane: Deployment, ranks: Ranks, lease: LearnerLease | None = None) -> OnlineLearner:
     """From the last checkpoint where there is one, else from the offline stage's."""
     folder = plane.settings.home / "learner"
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,14 +187,36 @@ def start(params: Params, plane: Deployment, ranks: Ranks) -> OnlineLearner:
         parent = plane.registry.policies()[0]["version"]
         learner.snapshot_version, learner.position = 0, {"began_at": learner.updates, "version": parent}
     offline, online = replay_for(learner.config), replay_for(learner.config)
-    for episode in read_buffer(BUFFER):
-        offline.add(episode, n_step(episode.task, learner.config.learner))
-    return OnlineLearner(params, plane, folder, learner, offline, online, learner.position["began_at"])
+    window = functools.partial(n_step, config=learner.config.learner)
+    for episode in checked_episodes(BUFFER, 0.0)[0]:
+        offline.add(episode, window(episode.task))
+    snapshots = plane.snapshots if ranks.rank == 0 else None
+    return OnlineLearner(
+        params, plane, folder, learner, offline, online, learner.position["began_at"],
+        Intake(online, learner.config.policy, window, snapshots, folder),
+        Recovery(learner, folder, p.health),
+        lease,
+    )  # fmt: skip
 
 
 def run(params: Params, plane: Deployment, stop: threading.Event, ranks: Ranks) -> None:
-    """Learn until the stage's updates are done or `stop` is set, on any rank."""
-    loop = start(params, plane, ranks)
+    """Learn until the stage's updates are done or `stop` is set, on any rank.
+
+    Raises:
+        LeaseLostError: another learner works on this home. DivergedError: see `Recovery.fall`.
+    """
+    lease = LearnerLease(plane.catalog, plane.settings.lease_s) if ranks.rank == 0 else None
+    if lease is not None:
+        lease.acquire(stop)
+    try:
+        _run(start(params, plane, ranks, lease), stop)
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _run(loop: OnlineLearner, stop: threading.Event) -> None:
+    params, plane, ranks = loop.params, loop.plane, loop.learner.ranks
     target, latest = loop.learner.snapshot_version or 0, plane.snapshots.latest().version
     if target > latest:
         logging.getLogger(__name__).warning(
@@ -170,13 +233,17 @@ def run(params: Params, plane: Deployment, stop: threading.Event, ranks: Ranks) 
             if ranks.any(stop.is_set()):
                 return
             for increment in (new := reader.advance(target)):
-                loop.take(increment)
+                loop.take(increment, stop)
+            if loop.lease is not None:
+                loop.lease.renew(stop)
             if not new:
                 stop.wait(plane.settings.poll_s)
         loop.fresh.clear()  # those were drawn from in an earlier life
         while loop.updates < params.online.updates and not ranks.any(stop.is_set()):
             for increment in reader.advance():
-                loop.take(increment)
+                loop.take(increment, stop)
+            if loop.lease is not None:
+                loop.lease.renew(stop)
             metrics.RANK_STALENESS.set(reader.staleness)
             if first and time.monotonic() - told > _TELL_S:
                 loop.tell(started)
@@ -184,15 +251,18 @@ def run(params: Params, plane: Deployment, stop: threading.Event, ranks: Ranks) 
             if loop.updates >= loop.allowed:
                 stop.wait(plane.settings.poll_s)
                 continue
+            before = loop.updates
             row = loop.update()
+            if loop.updates <= before:  # it fell
+                continue
             if row is not None:
-                log.write(json.dumps({"update": loop.updates, **row}) + "\n")
+                log.write(json.dumps({"update": loop.updates, **row}, allow_nan=False) + "\n")
             if first and loop.updates % params.online.publish_every == 0:
                 patiently(loop.publish, stop)
     if not first:
         return
     if loop.updates < params.online.updates:
-        loop.learner.save(loop.folder / CHECKPOINT)
+        loop.save()
     elif loop.learner.position.get("published_at") != loop.updates:
         patiently(loop.publish, stop)
     loop.tell(started)

@@ -29,6 +29,7 @@ class DemonstrationParams(_Section):
 class SftParams(_Section):
     updates: int = Field(gt=0)
     early: int = Field(gt=0, description="updates after which the early checkpoint is kept")
+    refused_max: float = Field(0.2, ge=0, le=1, description="share of the demonstrations that the contract may refuse")
 
 
 class RolloutParams(_Section):
@@ -60,6 +61,18 @@ class EvaluateParams(_Section):
     )
 
 
+class HealthParams(_Section):
+    """When the learner has diverged; the limits are explained at `lwd_model.health.HealthLimits`."""
+
+    loss: float = Field(1_000.0, gt=0)
+    value: float = Field(10.0, gt=0)
+    gradient: float = Field(1e6, gt=0)
+    ratio: float = Field(50.0, gt=1)
+    floor: float = Field(1.0, gt=0)
+    healthy_after: int = Field(50, gt=0, description="updates after which a checkpoint that led on well is good")
+    falls: int = Field(3, gt=0, description="returns to the good checkpoint in a row before the learner stops")
+
+
 class OnlineParams(_Section):
     robots: int = Field(4, ge=0, description="simulated here, in the learning cohort; 0 where real ones are enrolled")
     production: int = Field(0, ge=0, description="simulated beside them: robots that run the champion")
@@ -70,6 +83,7 @@ class OnlineParams(_Section):
     updates_per_episode: float = Field(gt=0)
     publish_every: int = Field(50, gt=0)
     tau_base: float = Field(0.9, gt=0, lt=1)
+    health: HealthParams = HealthParams()
     ranks: int = Field(1, gt=0, description="learner processes, each with its share of every batch")
     learner: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's LearnerConfig")
 

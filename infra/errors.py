@@ -69,6 +69,12 @@ class UntrustedPolicyError(LwdError):
     exit_code = 7
 
 
+class DivergedError(LwdError):
+    """Training gave numbers that are not finite or beyond the limits; nothing of it was published."""
+
+    exit_code = 13
+
+
 class UnavailableError(LwdError):
     """A server or a process did not answer in time."""
 

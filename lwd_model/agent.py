@@ -130,10 +130,10 @@ class LWDAgent(nn.Module):
         noise, w = self._flow_noise(batch.actions, generator)
         p = self.policy.weights(self.dtype)
         loss = self._flow_loss(self.policy, p, self.normalise(batch.obs), batch, weight, noise, w)
-        self._step("policy", self.policy, p, loss, self.counters["sft"])
+        norm = self._step("policy", self.policy, p, loss, self.counters["sft"])
         self.deployed.follow(self.policy, self._warm(self.config.learner.deploy_ema, self.counters["sft"]))
         self.counters["sft"] += 1
-        return {"sft/loss": loss.detach()}
+        return {"sft/loss": loss.detach(), "gradient/policy": norm}
 
     # --- reinforcement learning -----------------------------------------------------------------------------------
 
@@ -205,12 +205,12 @@ class LWDAgent(nn.Module):
         else:
             loss_v = expectile_loss(out.squeeze(-1), target_q, c.tau_base)  # eq. 3, 4
             y = scalar_td_target(batch.reward, batch.discount, next_out.squeeze(-1), clip=clip)  # eq. 5
-        self._step("value", self.value, value, loss_v, step)
+        metrics["gradient/value"] = self._step("value", self.value, value, loss_v, step)
 
         critic = self.critic.weights(self.dtype)
         q = self.critic.q(self.critic.prefix(obs, batch.task, critic), batch.actions, batch.mask, critic)
         loss_q = critic_loss(q, y)  # eq. 15
-        self._step("critic", self.critic, critic, loss_q, step)
+        metrics["gradient/critic"] = self._step("critic", self.critic, critic, loss_q, step)
         metrics |= {
             "divl/value_loss": loss_v.detach(),
             "divl/critic_loss": loss_q.detach(),
@@ -222,7 +222,7 @@ class LWDAgent(nn.Module):
             weight = None if c.cloned == "all" else batch.clone_weight
             clone = self.clone.weights(self.dtype)
             loss = self._flow_loss(self.clone, clone, obs, batch, weight, noise, w)
-            self._step("clone", self.clone, clone, loss, step)
+            metrics["gradient/clone"] = self._step("clone", self.clone, clone, loss, step)
             metrics["clone/loss"] = loss.detach()
         return metrics
 
@@ -251,8 +251,10 @@ class LWDAgent(nn.Module):
             step_subset=c.step_subset, generator=generator, mask=batch.mask,
             replay_actions=batch.actions.repeat(c.samples, 1, 1) if c.endpoint == "replay_grad" else None,
         )  # fmt: skip
-        self._step("policy", policy, mine, result.loss, self.counters["rl"])
-        return {"qam/loss": result.loss.detach()} | {f"qam/{name}": value for name, value in result.metrics.items()}
+        norm = self._step("policy", policy, mine, result.loss, self.counters["rl"])
+        return {"qam/loss": result.loss.detach(), "gradient/policy": norm} | {
+            f"qam/{name}": value for name, value in result.metrics.items()
+        }
 
     # --- shared parts ---------------------------------------------------------------------------------------------
 
@@ -292,18 +294,19 @@ class LWDAgent(nn.Module):
             self.ranks.average,
         )
 
-    def _step(self, name: str, network: FlatNetwork, weights: Weights, loss: Tensor, step: int) -> None:
-        """One optimiser step on one network, its gradient clipped to a norm."""
+    def _step(self, name: str, network: FlatNetwork, weights: Weights, loss: Tensor, step: int) -> Tensor:
+        """One optimiser step on one network, its gradient clipped to a norm; returns the norm before, 0-d."""
         c, optimiser, flat = self.config.learner, self.optimisers[name], network.flat
         gradient = self.ranks.average(network.collect(loss, weights))
+        norm = torch.linalg.vector_norm(gradient)
         if c.grad_clip:
-            norm = torch.linalg.vector_norm(gradient)
             gradient.mul_((c.grad_clip / norm.clamp_min(1e-12)).clamp_max(1.0))
         flat.grad = gradient
         base = c.policy_lr if name in ("policy", "clone") else c.critic_lr
         optimiser.param_groups[0]["lr"] = learning_rate(base, step, c)
         optimiser.step()
         flat.grad = None
+        return norm
 
     @staticmethod
     def _warm(rate: float, step: int) -> float:

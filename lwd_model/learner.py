@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from infra.errors import ConfigError
 from lwd_model.agent import LWDAgent
@@ -95,6 +96,7 @@ class Learner:
         self.generator = torch.Generator().manual_seed(seed)
         self.snapshot_version: int | None = None
         self.position: dict[str, Any] = {}
+        self.numbers: dict[str, Tensor] = {}  # metrics of the last update, on its device
 
     @property
     def updates(self) -> int:
@@ -140,6 +142,7 @@ class Learner:
                 metrics = self.agent.sft_update(batch, self.generator, weight=weight)
             else:
                 metrics = self.agent.update(batch, self.generator)
+            self.numbers = metrics
             if on_step is not None:
                 count = self.agent.counters[stage]
                 values = {k: float(v) for k, v in metrics.items()} if count % metrics_every == 0 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,20 @@ def counted(episodes: Iterable[Episode], advance: Callable[..., None]) -> Iterat
         yield episode
 
 
+def fresh_folder(out: Path) -> Path:
+    """An empty folder beside `out`, to be renamed to it when all is there: a stage that failed leaves no `out`."""
+    part = out.with_name(out.name + ".part")
+    for folder in (out, part):
+        shutil.rmtree(folder, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
 def write_metrics(name: str, metrics: Mapping[str, Any]) -> None:
     """`metrics/<name>.json`, for `dvc metrics show`."""
     path = Path("metrics") / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(metrics, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_plot(name: str, rows: Sequence[Mapping[str, float]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flows.console import progress
 from flows.params import Params
+from flows.stages.checked import checked_episodes
 from flows.stages.common import (
     BUNDLE,
     CHECKPOINT,
@@ -11,19 +12,21 @@ from flows.stages.common import (
     EARLY,
     SFT,
     agent_config,
+    fresh_folder,
     replay_for,
     write_metrics,
     write_plot,
 )  # fmt: skip
 from lwd_model.bundle import export_bundle
+from lwd_model.health import stop_unless_finite
 from lwd_model.learner import Learner
 from lwd_model.normaliser import Normaliser
-from lwd_model.shards import read_buffer
 
 
 def run(params: Params) -> None:
+    """Raises DivergedError when a number is not finite; no bundle is left then."""
     config = agent_config(params, **params.offline.learner | {"updates": params.sft.updates})
-    episodes = list(read_buffer(DEMONSTRATIONS))
+    episodes, refused = checked_episodes(DEMONSTRATIONS, params.sft.refused_max)
     replay = replay_for(config)
     for episode in episodes:
         replay.add(episode)
@@ -31,13 +34,15 @@ def run(params: Params) -> None:
     learner = Learner(config, normaliser, seed=params.seed, threads=params.workers)
     agent, rows = learner.agent, []
 
+    part = fresh_folder(SFT)
     with progress("SFT", params.sft.updates) as advance:
 
         def on_step(update: int, metrics: dict[str, float] | None) -> None:
             if metrics is not None:
+                stop_unless_finite(metrics, update, f"see what {DEMONSTRATIONS} holds, and the learning rate")
                 rows.append({"update": update, "loss": metrics["sft/loss"]})
             if update == params.sft.early:
-                export_bundle(agent.deployed, normaliser, config.policy, SFT / EARLY)
+                export_bundle(agent.deployed, normaliser, config.policy, part / EARLY)
             advance(1, f"loss {rows[-1]['loss']:.3f}" if rows else "")
 
         learner.fit(
@@ -46,7 +51,11 @@ def run(params: Params) -> None:
             stage="sft",
             on_step=on_step,
         )
-    export_bundle(agent.deployed, normaliser, config.policy, SFT / BUNDLE)
-    learner.save(SFT / CHECKPOINT)
+    export_bundle(agent.deployed, normaliser, config.policy, part / BUNDLE)
+    learner.save(part / CHECKPOINT)
+    part.replace(SFT)
     write_plot("sft", rows)
-    write_metrics("sft", {"loss": rows[-1]["loss"], "demonstrations": len(episodes), "updates": params.sft.updates})
+    write_metrics(
+        "sft",
+        {"loss": rows[-1]["loss"], "demonstrations": len(episodes), "refused": refused, "updates": params.sft.updates},
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class PolicyPublisher:
         proposer: str = "learner",
         details: dict[str, Any] | None = None,
         base: Path | None = None,
+        guard: Callable[[sa.Connection], None] | None = None,
     ) -> int:
         """Seal, upload and announce a bundle; returns its version.
 
@@ -96,6 +97,7 @@ class PolicyPublisher:
             parent: version that it was trained on from.
             cohort: robots that follow it at once; None registers it without an announcement.
             details: JSON values kept with the policy (losses, updates), for people.
+            guard: called in the transaction that announces; what it raises leaves the policy unannounced (a lease).
             base: the frozen weights that the bundle's complete, a safetensors file outside it; uploaded once.
 
         Raises:
@@ -120,7 +122,7 @@ class PolicyPublisher:
             for name in (*manifest.files, SIGNATURE, MANIFEST):  # the manifest last: it says that the rest is there
                 self._objects.put(f"{prefix}/{name}", (bundle / name).read_bytes())
             crashpoint("policy.objects_stored")
-            if self._commit(manifest, cohort, proposer, details):
+            if self._commit(manifest, cohort, proposer, details, guard):
                 crashpoint("policy.announced")
                 return version
         raise UnavailableError(f"{_TRIES} versions were taken by other publishers", "run one learner per deployment")
@@ -146,8 +148,17 @@ class PolicyPublisher:
         with self._catalog.read() as connection:
             return _last_version(connection) + 1
 
-    def _commit(self, manifest: Manifest, cohort: str | None, proposer: str, details: dict[str, Any] | None) -> bool:
+    def _commit(
+        self,
+        manifest: Manifest,
+        cohort: str | None,
+        proposer: str,
+        details: dict[str, Any] | None,
+        guard: Callable[[sa.Connection], None] | None,
+    ) -> bool:
         with self._catalog.begin() as connection:
+            if guard is not None:
+                guard(connection)
             if _last_version(connection) + 1 != manifest.version:
                 return False
             connection.execute(

@@ -266,6 +266,12 @@ RANK_STALENESS = Gauge(
     by="learner",
 )  # fmt: skip
 REPLAY_EPISODES = Gauge("lwd_learner_replay_episodes", "Online episodes in the learner's replay.", by="learner")
+LEARNER_REFUSED = Counter(
+    "lwd_learner_refused_total", "Episodes that the learner could not take and withdrew.", by="learner"
+)
+LEARNER_FALLS = Counter(
+    "lwd_learner_falls_total", "Returns to the last good checkpoint after NaN or divergence.", by="learner"
+)
 TRAINING = Gauge(
     "lwd_learner_training", "The learner's own training metrics, the latest; kind: their name, for example a loss.",
     by="learner", labels=("kind",),

@@ -17,6 +17,7 @@ from infra.plane import open_catalog, open_objects
 from infra.policy.channel import PolicyPublisher, fetch_bundle
 from infra.policy.keys import Signer, create_keys, load_signer
 from infra.policy.registry import Registry
+from infra.policy.renew import validity_of
 from infra.settings import Settings, load_settings
 from infra.snapshots import Snapshots
 
@@ -83,15 +84,15 @@ def deployment(home: Path) -> Iterator[Deployment]:
     settings.home.mkdir(parents=True, exist_ok=True)
     catalog = open_catalog(settings, migrate=True)
     try:
-        signer = _signer(settings)
+        signer, validity = _signer(settings), validity_of(settings)
         objects = open_objects(settings)
         yield Deployment(
             settings,
             catalog,
             objects,
             Snapshots(catalog),
-            PolicyPublisher(catalog, objects, signer),
-            Registry(catalog, signer, approval=settings.approval, cards=settings.home / "cards"),
+            PolicyPublisher(catalog, objects, signer, validity),
+            Registry(catalog, signer, approval=settings.approval, cards=settings.home / "cards", validity=validity),
         )
     finally:
         catalog.close()

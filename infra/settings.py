@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(10.0, gt=0, description="coordinator's lease, seconds")
     poll_s: float = Field(0.2, gt=0, description="pause between polls of an idle process, seconds")
     fetch_retries: int = Field(5, ge=1, description="tries per object before it is quarantined")
+    permit_canary_s: float = Field(900.0, gt=0, description="how long canary robots run a candidate without a renewal")
+    permit_learning_s: float = Field(3600.0, gt=0, description="the same of the learning cohort's policy")
+    permit_champion_s: float = Field(604800.0, gt=0, description="the same of the champion, on every robot")
     approval: bool = Field(False, description="promotion needs an approver other than the proposer")
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 from infra.edge.server import Heartbeat, Latency, RobotServer
 from infra.edge.spool import Spool
-from infra.errors import LwdError, StorageFullError, UnavailableError, UntrustedPolicyError
+from infra.errors import ConfigError, LwdError, UnavailableError
 from infra.policy.subscriber import ActivePolicy, PolicySubscriber
 from infra.process import backoff
 
@@ -38,6 +38,7 @@ class Contact:
 
     Attributes:
         refusal: why the robot does not take the policy that it is to run; empty while it does.
+        hold: the robot may run no policy that it has.
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class Contact:
         self._tasks = list(tasks)
         self._poll_s = poll_s
         self.refusal = ""
+        self.hold = False
+        self._measured: dict[str, int] = {}  # by name: the last version
+        self._behind = 0  # looks in a row that did not bring what the robot is to have
+        self._poll_at = 0.0  # by the monotonic clock: not before
+        self._known = False  # the server has answered
         self._told: tuple[object, ...] = ()
         self._told_at = 0.0
         self._failures = 0  # in a row
@@ -62,25 +68,47 @@ class Contact:
             keep_refusal: a policy that was staged could not be loaded, and that is still so.
 
         Raises:
-            StorageFullError: no room on this robot's disk.
-            ConfigError: this robot's token is another one's.
+            ConfigError: this robot's token is another one's, said before the server was ever of use and while there is
+                no policy to go on with.
         """
-        if time.monotonic() < self._ask_at:
+        if time.monotonic() < max(self._ask_at, self._poll_at):
             return
         before = self._subscriber.staged
         try:
             self._subscriber.poll()
             if not keep_refusal:
                 self.refusal = ""
-        except UntrustedPolicyError as error:
-            self.refuse(error)
         except UnavailableError as error:
             self._away(error)
             return
+        except ConfigError as error:
+            if not self._known and self._subscriber.active is None:
+                raise
+            self.refuse(error)
+        except LwdError as error:  # a policy or a disk that is no good: what the robot has goes on
+            self.refuse(error)
         self._reached()
+        self._wait_while_behind()
         staged = self._subscriber.staged
         if waited_for and staged is not None and staged != before:
             self.measure("publish_to_staged_s", staged)
+
+    def _wait_while_behind(self) -> None:
+        """Fetch what cannot be staged ever less often: it costs the disk, the network and this robot's time."""
+        self._behind = self._behind + 1 if self._subscriber.behind else 0
+        if self._behind > 1:
+            self._poll_at = time.monotonic() + backoff(self._behind, self._poll_s, _AWAY_MAX_S)
+
+    def permitted(self) -> bool:
+        """Whether an episode may be begun with the active policy; said once when that changes."""
+        hold = self._subscriber.active is not None and not self._subscriber.permitted
+        if hold != self.hold:
+            self.hold = hold
+            if hold:
+                say("hold: no permission", logging.ERROR, ended=self._subscriber.permitted_until)
+            else:
+                say("permitted again")
+        return not hold
 
     def refuse(self, error: LwdError) -> None:
         """A policy cannot be taken: said once for each reason, not at every boundary."""
@@ -96,7 +124,7 @@ class Contact:
             ended: this is its last word.
         """
         active, staged = self._subscriber.active, self._subscriber.staged
-        told = (active, staged, closed, self.refusal, ended)
+        told = (active, staged, closed, self.refusal, ended, self.hold)
         now = time.monotonic()
         if now < self._ask_at or (told == self._told and now - self._told_at < _HEARTBEAT_S):
             return
@@ -108,21 +136,26 @@ class Contact:
             "spool_limit": self._spool.max_bytes,
             "spool_episodes": len(self._spool.pending()),
             "ended": ended,
+            "hold": self.hold,
+            "permitted_until": self._subscriber.permitted_until,
         }
         versions = (active.version if active else None, staged.version if staged else None)
         try:
             self._server.heartbeat(Heartbeat(*versions, closed, details))
-        except (UnavailableError, StorageFullError) as error:
+        except LwdError as error:  # whatever the server says, this robot goes on
             self._away(error)
             return
         self._told, self._told_at = told, now
         self._reached()
 
     def measure(self, name: Latency, policy: ActivePolicy) -> None:
-        """Record how long a policy's announcement took until now."""
+        """Record how long a policy's announcement took until now, once for each version."""
+        if not policy.announced_at or self._measured.get(name) == policy.version:
+            return
+        self._measured[name] = policy.version
         try:
             self._server.measure(name, policy.version, policy.announced_at)
-        except (UnavailableError, StorageFullError) as error:
+        except LwdError as error:
             self._away(error)
 
     def _away(self, error: LwdError) -> None:
@@ -132,6 +165,7 @@ class Contact:
         self._ask_at = time.monotonic() + backoff(self._failures, self._poll_s, _AWAY_MAX_S)
 
     def _reached(self) -> None:
+        self._known = True
         if self._failures:
             say("online again", failures=self._failures)
         self._failures = 0

@@ -40,6 +40,7 @@ from infra.fleet.rollout import ActionPolicy, Job, generator
 from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD, SceneEnv
 from infra.fleet.tasks import task
 from infra.policy.keys import load_trusted
+from infra.policy.permission import Validity
 from infra.policy.subscriber import ActivePolicy, PolicySubscriber
 from infra.process import log_to, process_arguments, run_process
 from infra.settings import MIB, Settings, load_settings
@@ -102,8 +103,9 @@ class Robot:
             _say("recovered", episode_id=closed.episode_id)
         self.client = EdgeClient(config.robot_id, spool, self._server, poll_s=settings.poll_s, on_event=_event)
         self.subscriber = PolicySubscriber(
-            self._home / "policy", config.cohort, self._server, load_trusted(settings.keys_dir)
-        )
+            self._home / "policy", config.cohort, self._server, load_trusted(settings.keys_dir),
+            validity=Validity(settings.permit_canary_s, settings.permit_learning_s, settings.permit_champion_s),
+        )  # fmt: skip
         self._contact = Contact(self._server, self.subscriber, spool, config.tasks, settings.poll_s)
         self._env = make_env()
         self._operator: Operator | None = TakeoverOperator(config.operator) if config.operator > 0 else None
@@ -118,7 +120,7 @@ class Robot:
             while not self._stop.is_set() and (self.config.episodes is None or self._closed < self.config.episodes):
                 try:
                     self._boundary()
-                    if self._policy is None:
+                    if self._policy is None or not self._contact.permitted():
                         self._stop.wait(self._settings.poll_s)
                     else:
                         self._episode(self._policy)

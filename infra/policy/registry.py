@@ -80,8 +80,8 @@ class Registry:
         """Put a published policy on trial: alias `canary`, announced to the canary cohort. Repeated, it does nothing.
 
         Raises:
-            ConfigError: there is no such policy, it or a robot refused it, it is not newer than the champion, or another
-                one is on trial.
+            ConfigError: there is no such policy, it was refused, also by a robot, it is not newer than the champion, or
+                another one is on trial.
         """
         with self._catalog.begin() as connection:
             policy = self._promotable(connection, version)

@@ -1,9 +1,9 @@
 """The robot's end of the policy channel: stage, verify, swap at the episode boundary, keep the last known good.
 
-What a robot has accepted lies in small files that are replaced atomically (`infra.policy.state`), so that a robot killed
-anywhere comes back with the policy it had. What it may run ends with time (`infra.policy.permission`): of what was
-announced last, what it runs, the champion, and what it ran before, the first that is permitted and here is run; when
-there is none, no episode is begun.
+What a robot has accepted lies in small files that are replaced atomically (`infra.policy.state`), so that a robot that
+was killed anywhere comes back with the policy it had. What it may run ends with time (`infra.policy.permission`): of
+what was announced last, what it runs, the champion, and what it ran before, the first that is permitted and here is
+run; when there is none, no episode is begun.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from infra.policy.keys import TrustStore
 from infra.policy.state import PolicyRef
 
 KEPT = "the last policy that was good stays in use"
-_SPARE_BYTES = 2**20  # of the disk, which the state's file needs
+_SPARE_BYTES = 2**15  # of the disk, which the state's file needs
 _Stamps = dict[str, tuple[int, int, int]]
 
 

@@ -204,14 +204,14 @@ class PolicySubscriber:
 
     def _hear(self) -> LwdError | None:
         """Take in what the source says; the first refusal."""
+        self._clock.keep()
         before, refused = self._state.wanted, self._take_announcements()
         if self._permissions_due(before) and isinstance(self._source, PermissionSource):
             self._asked_at = time.monotonic()
             epoch = self._state.epoch
             refused = self._take_permissions(self._source) or refused
             if self._state.epoch != epoch:
-                refused = self._take_announcements() or refused
-        self._clock.keep()
+                refused = self._take_announcements()
         if self._unkept is not None:
             self._write()
         return refused
@@ -266,7 +266,7 @@ class PolicySubscriber:
 
     def _take_permissions(self, source: PermissionSource) -> UntrustedPolicyError | None:
         try:
-            said = _named(lambda: source.permissions(self._cohort), "permissions")
+            said = _named(lambda: _permissions(source.permissions(self._cohort)), "permissions")
         except UnavailableError as error:  # announcements came: the source is there, and permissions end by themselves
             _log.warning("no permissions: %s", error.problem)
             return None
@@ -319,6 +319,8 @@ class PolicySubscriber:
             state = replace(state, champion=PolicyRef(said.version, said.manifest_sha256))
         else:
             self._granted_s = max(said.valid_until - said.issued_at, 0.0)
+            if state.wanted is None:  # a state that was lost: the announcement was taken before, and is a replay now
+                state = replace(state, wanted=PolicyRef(said.version, said.manifest_sha256), announced_at=0.0)
         self._save(state)
 
     # What is kept
@@ -368,6 +370,12 @@ def _named(work: Callable[[], T], what: str) -> T:
             f"the source gave {what} in a form that this robot does not know ({type(error).__name__})",
             "see what answers there; " + KEPT,
         ) from error
+
+
+def _permissions(said: object) -> Permissions:
+    if not isinstance(said, Permissions):
+        raise TypeError("no permissions")
+    return said
 
 
 def _untrusted(error: LwdError) -> UntrustedPolicyError:

@@ -243,7 +243,7 @@ def test_a_robot_that_comes_back_to_a_cohort_replays_nothing_there(channel: Chan
 
 @pytest.mark.parametrize("damage", [b"[]", b"", b"\xff", b"[" * 100_000, b'{"cohort": "learning", "seq": "9"}',
                                     b'{"cohort": "learning", "active": {"version": 1, "digest": "../../x"}}',
-                                    b'{"cohort": "learning", "grants": [1]}', b'{"cohort": 3, "surprise": 1}'])  # fmt: skip
+                                    b'{"cohort": "learning", "grants": [1]}', b'{"cohort": 3, "x": 1}'])  # fmt: skip
 def test_a_damaged_state_is_put_aside_and_old_announcements_stay_refused(channel: Channel, damage: bytes) -> None:
     robot = channel.robot()
     for _ in range(2):

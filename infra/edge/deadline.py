@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import urllib3
@@ -21,31 +21,31 @@ class DeadlineError(Exception):
 
 
 class _Watch:
-    """One block's connection, and whether its time is over."""
+    """One block's socket, and whether its time is over."""
 
     def __init__(self) -> None:
         self.expired = False
         self._lock = threading.Lock()
-        self._connection: Any = None
+        self._sock: Any = None
 
-    def begin(self, connection: Any) -> None:
+    def begin(self, sock: Any) -> None:
+        # The socket and not its connection: that lets go of it while an answer without a length is still read.
         with self._lock:
-            self._connection = connection
+            self._sock = sock
             if self.expired:
                 raise DeadlineError
 
     def expire(self) -> None:
         with self._lock:
             self.expired = True
-            sock = getattr(self._connection, "sock", None)
-        if sock is not None:
-            with contextlib.suppress(OSError, ValueError):  # closed already
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            if self._sock is not None:
+                with contextlib.suppress(OSError, ValueError):  # closed already
+                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def forget(self) -> None:
-        """The connection may be another block's from now on."""
+        """The socket may be another block's from now on."""
         with self._lock:
-            self._connection = None
+            self._sock = None
 
 
 _now = threading.local()
@@ -84,26 +84,29 @@ def watched_pools(manager: urllib3.PoolManager) -> urllib3.PoolManager:
     return manager
 
 
-def _watched(request: Callable[..., Any]) -> Callable[..., Any]:
-    def watched(connection: Any, *arguments: Any, **options: Any) -> Any:
-        if (watch := getattr(_now, "watch", None)) is not None:
-            watch.begin(connection)
-        return request(connection, *arguments, **options)
-
-    return watched
+def _watch(connection: HTTPConnection) -> None:
+    if (watch := getattr(_now, "watch", None)) is not None:
+        watch.begin(connection.sock)
 
 
 class _Connection(HTTPConnection):
-    request = _watched(HTTPConnection.request)
+    def connect(self) -> None:
+        super().connect()
+        _watch(self)
+
+    def request(self, *arguments: Any, **options: Any) -> None:
+        _watch(self)  # one that was connected before
+        super().request(*arguments, **options)
 
 
 class _SecureConnection(HTTPSConnection):
-    request = _watched(HTTPSConnection.request)
-
     def connect(self) -> None:
-        if (watch := getattr(_now, "watch", None)) is not None:
-            watch.begin(self)  # a TLS handshake may drip as well
-        super().connect()
+        super().connect()  # the handshake as a whole has the connection's time-out
+        _watch(self)
+
+    def request(self, *arguments: Any, **options: Any) -> None:
+        _watch(self)
+        super().request(*arguments, **options)
 
 
 class _Pool(HTTPConnectionPool):

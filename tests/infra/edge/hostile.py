@@ -12,7 +12,11 @@ Behaviour = Callable[[socket.socket, str], None]
 
 
 class Hostile:
-    """Listens at `url`; `behave` is given each request's connection and path. `paths` were asked for, `tokens` shown."""
+    """Listens at `url`; `behave` is given each request's connection and path.
+
+    Attributes:
+        paths: that were asked for. tokens: that were shown.
+    """
 
     def __init__(self) -> None:
         self.behave: Behaviour = lambda connection, path: None

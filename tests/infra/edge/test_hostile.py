@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import sys
@@ -67,7 +68,8 @@ NEVER = 100 * 2**20
 ENDLESS: dict[str, Callable[[Hostile, socket.socket], None]] = {
     "drips its first line": lambda server, c: server.drip(c, b"HTTP/1.1 200 " + b"x" * 1000),
     "drips headers": lambda server, c: server.drip(c, b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 100),
-    "drips a body": lambda server, c: (c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"), server.drip(c, b" ")),
+    "drips a body": lambda server, c: (
+        c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"), server.drip(c, b" ")),
     "drips a body without a length": lambda server, c: (c.sendall(b"HTTP/1.1 200 OK\r\n\r\n"), server.drip(c, b" ")),
     "drips chunks": lambda server, c: (
         c.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"), server.drip(c, b"1\r\n \r\n")),
@@ -172,24 +174,24 @@ HEADERS = st.dictionaries(
         ["Location", "Retry_After", "Content_Length", "Content_Encoding", "Transfer_Encoding", "Content_Type"]
     ),
     st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=20)
-    | st.sampled_from(
-        ["²", "-1", "9" * 400, "http://[", "//", "file:///etc/passwd", "http://a:b@127.0.0.1:1/", "gzip"]
-    ),
+    | st.sampled_from(["²", "-1", "9" * 400, "http://[", "//", "file:///x", "http://a:b@127.0.0.1:1/", "gzip"]),
     max_size=2,
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=st.sampled_from(sorted(CALLS)), body=BODY, headers=HEADERS,
-       status=st.sampled_from([200, 201, 204, 206, 301, 307, 400, 401, 403, 404, 416, 429, 500, 503, 507, 599]))  # fmt: skip
+       status=st.sampled_from([200, 201, 204, 206, 301, 307, 400, 401, 403, 404, 429, 500, 503, 507, 599]))  # fmt: skip
 def test_whatever_is_answered_has_a_name(
     server: Hostile, tmp_path: Path, call: str, body: object, headers: dict[str, str], status: int
 ) -> None:
     server.behave = lambda connection, path: answer(connection, body, status, **headers)
+    told = ""
     try:
         CALLS[call](port(server, tries=1), tmp_path)
     except LwdError as error:
-        assert len(str(error)) < 3000 and SECRET not in str(error) and "a:b@" not in str(error)
+        told = str(error)
+    assert len(told) < 3000 and SECRET not in told and "a:b@" not in told
 
 
 # --- redirects --------------------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ def test_the_token_follows_no_redirect_and_there_is_one_step_only(server: Hostil
         server.paths.clear()
         with pytest.raises(LwdError):
             CALLS[call](port(server, tries=1), Path())
-        assert len(server.paths) == 1  # a redirect of anything else is an error
+        assert len(set(server.paths)) == 1  # a redirect of anything else is an error
 
 
 @pytest.mark.parametrize("location", ["", "/relative", "file:///etc/passwd", "ftp://a/b", "http://", "http://[", "x",
@@ -285,15 +287,13 @@ def test_a_file_that_is_not_as_signed_leaves_the_old_policy_and_nothing_else(
 
 
 BAD_NAMES = ["../x.json", "/etc/x.json", "a/b.json", "..", "", "X.json", "x.json\n", "x.py", "con.json", "nul.json",
-             "com1.json", "aux.safetensors", "base.safetensors", "manifest.json", "a" * 65 + ".json", "x.json.", "é.json",
-             "x\x00.json", "~.json", "x.pickle"]  # fmt: skip
+             "com1.json", "aux.safetensors", "base.safetensors", "manifest.json", "a" * 65 + ".json", "x.json.",
+             "é.json", "x\x00.json", "~.json", "x.pickle"]  # fmt: skip
 
 
 def a_manifest(channel: Channel, **changes: object) -> dict[str, object]:
     known = channel.registry.policies()[0]
     manifest = channel.source.fetch(f"policies/{known['manifest_sha256']}/manifest.json")
-    import json
-
     return json.loads(manifest) | changes
 
 
@@ -320,8 +320,6 @@ def test_a_file_name_that_no_bundle_may_hold(channel: Channel, name: str) -> Non
     ],
 )  # fmt: skip
 def test_a_manifest_that_claims_too_much_or_is_of_odd_types(channel: Channel, changes: dict[str, object]) -> None:
-    import json
-
     with pytest.raises(UntrustedPolicyError):
         Manifest.parse(json.dumps(a_manifest(channel, **changes)).encode(), "m")
 
@@ -346,7 +344,7 @@ def test_what_the_signed_manifest_claims_must_fit_the_disk(server: Hostile, chan
     assert not any("safetensors" in path for path in server.paths)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.binary(max_size=200) | JSON.map(lambda d: str(d).encode("utf-8", "replace")) | st.just(b"[" * 100_000)
        | st.just(b" " * 2**18))  # fmt: skip
 def test_no_bytes_are_a_manifest_but_one(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:

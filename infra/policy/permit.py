@@ -105,8 +105,9 @@ def _due(row: Any, policy: Any, epoch: int, at: float, seconds: float, signer: S
     same = (row.version, row.manifest_sha256, row.epoch) == (policy.version, policy.manifest_sha256, epoch)
     if not same or not row.signature or signed_by(row.signature) != signer.key_id:
         return True
-    # Also where the time was set to less, or the clock went back: a permission of the future is not one of now.
-    return not row.issued_at - _BACK_S < at < row.issued_at + seconds / RENEW_AT or row.valid_until > at + seconds + 1
+    # Also where the time was set to more or less, or the clock went back: a permission of the future is not one of now.
+    left = row.valid_until - at
+    return not seconds * (1 - 1 / RENEW_AT) < left < seconds + 1 or at < row.issued_at - _BACK_S
 
 
 def _alias(connection: sa.Connection, name: str) -> int | None:

@@ -191,8 +191,8 @@ POLICY_CREATED = Gauge(
 )
 POLICY_PERMISSION = Gauge(
     "lwd_policy_permission_left_ratio",
-    "Part of its time that a cohort's permission has left; below 0 it has ended; role: current, champion.",
-    by="coordinator", labels=("cohort", "role"),
+    "Part of its time that a cohort's permission has left; below 0 it has ended; kind: current, champion.",
+    by="coordinator", labels=("cohort", "kind"),
 )  # fmt: skip
 POLICY_REFUSALS = Gauge(
     "lwd_policy_refusals", "Robots that refuse a policy that cohorts are told to run, and were not overruled.",

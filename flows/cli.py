@@ -179,6 +179,21 @@ def rollback(
     say(f"policy v{version} is champion again; production robots swap at their next episode boundary")
 
 
+@app.command()
+def overrule(
+    version: Annotated[int, typer.Argument(help="Policy that robots refused.")],
+    reason: Annotated[str, typer.Option(help="Why they are wrong; goes into the audit.")],
+    actor: Annotated[str, typer.Option(help="Who.")],
+    home: Home = HOME,
+) -> None:
+    """Let a policy be tried and promoted although robots said that they cannot run it."""
+    from flows.deployment import deployment
+
+    with deployment(home) as plane:
+        robots = plane.registry.overrule_refusals(version, actor=actor, reason=reason)
+    say(f"the refusals of policy v{version} by {', '.join(robots)} do not count")
+
+
 @contracts.command("check")
 def contracts_check(
     data: Annotated[list[Path], typer.Argument(help="Folders of shards, for example data/rollouts.")],
@@ -240,16 +255,21 @@ def snapshots(home: Home = HOME, last: Annotated[int, typer.Option(help="How man
 
 @app.command()
 def policies(home: Home = HOME, last: Annotated[int, typer.Option(help="How many.")] = 20) -> None:
-    """List the newest policies with their aliases, data and digests."""
+    """List the newest policies with their aliases, data, digests, and the robots that could not run them."""
     from flows.deployment import deployment
+    from infra.policy.refusals import refusals
 
     with deployment(home) as plane:
-        table = Table("version", "aliases", "status", "snapshot", "parent", "stage")
+        rows = plane.registry.policies()[:last]
+        table = Table("version", "aliases", "status", "snapshot", "parent", "stage", "refused by")
+        with plane.catalog.read() as connection:
+            refused = {row["version"]: refusals(connection, row["version"]) for row in rows}
         table.add_column("manifest digest", overflow="fold", min_width=16)
-        for row in plane.registry.policies()[:last]:
+        for row in rows:
             table.add_row(
                 str(row["version"]), ", ".join(row["aliases"]), row["status"], str(row["snapshot_version"]),
-                str(row["parent"] or ""), str((row["details"] or {}).get("stage", "")), row["manifest_sha256"],
+                str(row["parent"] or ""), str((row["details"] or {}).get("stage", "")),
+                ", ".join(refused[row["version"]]), row["manifest_sha256"],
             )  # fmt: skip
     out.print(table)
 

@@ -18,6 +18,7 @@ from infra.plane import open_catalog, open_objects
 from infra.policy.channel import PolicyPublisher, fetch_bundle
 from infra.policy.keys import SIGNING, Signer, create_keys, load_signer, load_trusted
 from infra.policy.registry import Registry
+from infra.policy.renew import validity_of
 from infra.settings import Settings, load_settings
 from infra.snapshots import Snapshots
 
@@ -77,15 +78,21 @@ def deployment(home: Path) -> Iterator[Deployment]:
     catalog = open_catalog(settings, migrate=True)
     try:
         publish, promote = _signers(settings)
+        validity = validity_of(settings)
         objects = open_objects(settings)
         yield Deployment(
             settings,
             catalog,
             objects,
             Snapshots(catalog),
-            PolicyPublisher(catalog, objects, publish),
+            PolicyPublisher(catalog, objects, publish, validity),
             Registry(
-                catalog, promote, approval=settings.approval, cards=settings.home / "cards", keys_dir=settings.keys_dir
+                catalog,
+                promote,
+                approval=settings.approval,
+                cards=settings.home / "cards",
+                keys_dir=settings.keys_dir,
+                validity=validity,
             ),
         )
     finally:

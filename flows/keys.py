@@ -127,6 +127,24 @@ def _role(name: str) -> Role:
     return chosen
 
 
+@app.command()
+def reset(
+    reason: Annotated[str, typer.Option(help="Why; kept with the reset.")],
+    actor: Annotated[str, typer.Option(help="Who.")],
+    home: Home = HOME,
+) -> None:
+    """Begin the numbers of announcements anew, signed: for robots that take every announcement for a replay.
+
+    After a number that was signed in error, or a catalog that was restored from a backup. Robots take nothing that was
+    signed before it; robots of a version that knows no resets refuse what comes after it, and must be upgraded.
+    """
+    from flows.deployment import deployment
+
+    with deployment(home) as plane:
+        epoch = plane.registry.reset(actor=actor, reason=reason)
+    out.print(f"epoch {epoch} of announcements began; robots follow within a minute of their next contact")
+
+
 def in_use(plane: Deployment) -> dict[str, list[str]]:
     """By key id, what it signed that robots run, go back to, or read when they join: policies and announcements."""
     import sqlalchemy as sa

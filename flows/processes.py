@@ -27,8 +27,11 @@ _PREFIX = {"learning": "r", "production": "p", "canary": "c"}  # of a simulated 
 
 
 def server_specs(home: Path, profile: str) -> list[ProcessSpec]:
-    """What takes episodes in: the coordinator, and in a fleet also service, relay and reconciler."""
-    specs = [_spec("coordinator", "infra.coordinator", home, "--check", CHECK, "--standby")]
+    """What takes episodes in, and what renews permissions; in a fleet also service, relay and reconciler."""
+    specs = [
+        _spec("coordinator", "infra.coordinator", home, "--check", CHECK, "--standby"),
+        _spec("renewer", "infra.policy.renew", home),
+    ]
     if profile == "fleet":
         specs += [
             _spec("service", "infra.service", home),

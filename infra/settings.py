@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     fetch_retries: int = Field(5, ge=1, description="tries per object before it is quarantined")
     examine_s: float = Field(30.0, gt=0, description="that the examination of one episode may take, seconds")
     examine_mib: int = Field(2048, ge=64, description="memory that the examination of one episode may take")
+    permit_canary_s: float = Field(900.0, gt=0, description="how long canary robots run a candidate without a renewal")
+    permit_learning_s: float = Field(3600.0, gt=0, description="the same of the learning cohort's policy")
+    permit_champion_s: float = Field(604800.0, gt=0, description="the same of the champion, on every robot")
     approval: bool = Field(False, description="promotion needs an approver other than the proposer")
 
     @classmethod

@@ -22,12 +22,15 @@ ALLOWED = {
 }
 # What a robot runs: it needs a URL, a token and keys, so nothing that only a server has.
 ROBOT_SIDE = ("infra/edge/*.py", "infra/policy/subscriber.py", "infra/policy/bases.py", "infra/policy/artifact.py",
-              "infra/policy/keys.py", "infra/policy/announcement.py", "infra/fleet/contact.py")  # fmt: skip
+              "infra/policy/keys.py", "infra/policy/announcement.py", "infra/policy/permission.py",
+              "infra/policy/clock.py", "infra/policy/state.py", "infra/policy/staging.py",
+              "infra/fleet/contact.py")  # fmt: skip
 SERVER_ONLY = {"sqlalchemy", "alembic", "psycopg", "fastapi", "starlette", "uvicorn", "kafka", "minio",
                "prometheus_client"}  # fmt: skip
 SERVER_PARTS = ("infra.catalog", "infra.service", "infra.plane", "infra.ingest", "infra.events", "infra.servers",
                 "infra.objects", "infra.snapshots", "infra.coordinator", "infra.policy.channel",
-                "infra.policy.registry")  # fmt: skip
+                "infra.policy.registry", "infra.policy.permit", "infra.policy.refusals",
+                "infra.policy.renew")  # fmt: skip
 FILES = sorted(path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py"))
 
 

@@ -225,9 +225,44 @@ announcements = Table(
     Column("manifest_key", String(255), nullable=False),
     Column("authorisation", JSON),  # the signed statement that permits a lower version
     Column("created_at", Double, nullable=False),
+    Column("epoch", Integer, nullable=False, server_default="0"),  # of policy_epochs; 0 before any reset
     CheckConstraint("kind in ('publish', 'promote', 'rollback')", name="kind"),
     Index(None, "cohort", "seq"),
     sqlite_autoincrement=True,
+)
+
+policy_permissions = Table(  # until when a cohort may run what, renewed in place: two rows a cohort
+    "policy_permissions",
+    metadata,
+    Column("cohort", String(32), primary_key=True),
+    Column("role", String(16), primary_key=True),  # current | champion
+    Column("number", BigInteger, nullable=False),  # grows over all rows; a robot takes none of a lower one
+    Column("epoch", Integer, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("manifest_sha256", String(64), nullable=False),
+    Column("issued_at", Double, nullable=False),
+    Column("valid_until", Double, nullable=False),
+    Column("signature", Text, nullable=False),  # empty: withdrawn, shown to no robot
+)
+
+policy_epochs = Table(  # resets of the announcements' numbers, each signed
+    "policy_epochs",
+    metadata,
+    Column("epoch", Integer, primary_key=True, autoincrement=False),
+    Column("created_at", Double, nullable=False),
+    Column("signature", Text, nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("reason", Text, nullable=False),
+)
+
+policy_refusals = Table(  # policies that a robot could not run: told once by each robot
+    "policy_refusals",
+    metadata,
+    Column("version", Integer, ForeignKey("policies.version"), primary_key=True),
+    Column("robot_id", String(64), primary_key=True),
+    Column("reason", Text, nullable=False),  # at most 300 characters
+    Column("created_at", Double, nullable=False),
+    Column("overruled_by", String(64)),  # who said that it does not count
 )
 
 promotions = Table(  # append-only: the database refuses updates and deletes

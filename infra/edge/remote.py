@@ -7,12 +7,14 @@ committed, several at once. Every call may be repeated.
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 from infra.crashpoints import crashpoint
@@ -20,12 +22,15 @@ from infra.edge.server import STATUSES, Heartbeat, Latency, RobotServer, Status,
 from infra.edge.transport import WAIT, LaterError, Transport, checked_url, store_error
 from infra.errors import ConfigError, CorruptDataError, LwdError, StorageFullError, UnavailableError
 from infra.policy.announcement import Announcement
+from infra.policy.permission import Permissions
+from infra.policy.subscriber import MAX_NEWS
 from infra.settings import Settings
 
 _TOKEN = re.compile(r"[0-9a-f]{16}\.[A-Za-z0-9_-]{43}")
 _POLICY = re.compile(r"policies/([0-9a-f]{64})/([a-z0-9_]+\.(?:safetensors|json|sig))")
 _BASE = re.compile(r"policies/bases/([0-9a-f]{64})/base\.safetensors")
-_MAX_OBJECT_BYTES = 2**31  # of what is fetched into memory
+_MAX_OBJECT_BYTES = 2**28  # of what is fetched into memory
+_MAX_PAGES, _MAX_NEWS_S = 64, 30.0  # of announcements at once; what is beyond waits for the next time
 _BLOCK = 2**18
 
 
@@ -128,28 +133,49 @@ class RemoteServer(RobotServer):
 
     def announcements(self, cohort: str, after: int) -> Sequence[Announcement]:
         found: list[Announcement] = []
-        more = True
-        while more:
-            answer = self._json("GET", f"/v1/announcements?after={found[-1].seq if found else after}")
+        after = min(after, 2**62 - 1)  # what the service takes; a number beyond was signed in error
+        end = time.monotonic() + _MAX_NEWS_S
+        for _ in range(_MAX_PAGES):
+            answer = self._json("GET", f"/v1/announcements?after={after}")
+            documents = answer.get("announcements")
             try:
-                page = [_announcement(document) for document in answer["announcements"]]
-            except (KeyError, TypeError, ValueError) as error:
+                if not isinstance(documents, list):
+                    raise ValueError("no list")
+                page = [Announcement.parse(document) for document in documents[:MAX_NEWS]]
+            except (ValueError, RecursionError) as error:
                 raise self._nonsense("announcements") from error
+            numbers = [after, *(said.seq for said in page)]
+            if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
+                raise self._nonsense("announcements again, or out of order,")
             found += page
-            more = bool(answer.get("more")) and bool(page)
+            if not page or not answer.get("more") or len(found) >= MAX_NEWS or time.monotonic() > end:
+                break
+            after = page[-1].seq
         if any(said.cohort != cohort for said in found):
+            raise ConfigError(f"the token is not of cohort {cohort}", "enrol the robot for the cohort that it follows")
+        return found[:MAX_NEWS]
+
+    def permissions(self, cohort: str) -> Permissions:
+        answer = self._json("GET", "/v1/permissions", tries=2)
+        try:
+            found = Permissions.parse(answer)
+        except (ValueError, RecursionError) as error:
+            raise self._nonsense("permissions") from error
+        if any(said.cohort != cohort for said in found.permissions):
             raise ConfigError(f"the token is not of cohort {cohort}", "enrol the robot for the cohort that it follows")
         return found
 
     def fetch(self, key: str) -> bytes:
         sink = io.BytesIO()
-        self._download(key, sink, _MAX_OBJECT_BYTES)
+        self._download(key, sink, _MAX_OBJECT_BYTES, 0)
         return sink.getvalue()
 
-    def fetch_to(self, key: str, path: Path) -> None:
+    def fetch_to(self, key: str, path: Path, most: int) -> None:
         """Write an object to a file, block by block; see `infra.policy.bases.StreamingSource`."""
         with path.open("wb") as sink:
-            self._download(key, sink, None)
+            self._download(key, sink, most, most)
+            sink.flush()
+            os.fsync(sink.fileno())
 
     def heartbeat(self, beat: Heartbeat) -> None:
         body = {"active_version": beat.active_version, "staged_version": beat.staged_version}
@@ -208,10 +234,11 @@ class RemoteServer(RobotServer):
             if response.status not in (200, 201, 204):
                 raise self._http.error(response, answer) if own else store_error(response)
 
-        self._http.patiently(send)
+        self._http.patiently(send, size=size)
         crashpoint("remote.uploaded")
 
-    def _download(self, key: str, sink: IO[bytes], most: int | None) -> None:
+    def _download(self, key: str, sink: IO[bytes], most: int, size: int) -> None:
+        """Write an object of at most `most` bytes, about `size` of them, into the sink."""
         if found := _POLICY.fullmatch(key):
             path = f"/v1/policies/objects/{found[1]}/{found[2]}"
         elif found := _BASE.fullmatch(key):
@@ -223,21 +250,27 @@ class RemoteServer(RobotServer):
             sink.seek(0)
             sink.truncate()
             response = self._http.request("GET", self._url + path, self._headers)
-            if response.status == 307:  # to the store, which must not see the token
-                response.drain_conn()
-                response = self._http.request("GET", response.headers.get("Location", ""), {})
+            try:
+                if response.status == 307:  # to the store, which must not see the token; from there, nowhere else
+                    response.close()
+                    response = self._http.request("GET", response.headers.get("Location", ""), {})
+                    if response.status != 200:
+                        raise _absent(key) if response.status == 404 else store_error(response)
                 if response.status != 200:
-                    response.drain_conn()
-                    raise _absent(key) if response.status == 404 else store_error(response)
-            if response.status != 200:
-                raise self._http.error(response, self._http.read(response))
-            for block in response.stream(_BLOCK):
-                sink.write(block)
-                if most is not None and sink.tell() > most:
-                    raise CorruptDataError(f"{key} has more than {most} bytes", "publish a smaller policy")
+                    raise self._http.error(response, self._http.read(response))
+                if (response.length_remaining or 0) > most:
+                    raise _too_large(key, most)
+                # Not stream(): its lines between chunks have no limit, http.client's have.
+                while block := response.read(_BLOCK):
+                    if sink.tell() + len(block) > most:
+                        raise _too_large(key, most)
+                    sink.write(block)
+            except BaseException:
+                response.close()  # what is unread has perhaps no end, and is no other answer's beginning
+                raise
             response.release_conn()
 
-        self._http.patiently(get)
+        self._http.patiently(get, size=size)
 
     def _nonsense(self, what: str) -> UnavailableError:
         return UnavailableError(
@@ -247,6 +280,10 @@ class RemoteServer(RobotServer):
 
 def _absent(key: str) -> CorruptDataError:
     return CorruptDataError(f"{key} is not in the store", "publish the policy again")
+
+
+def _too_large(key: str, most: int) -> CorruptDataError:
+    return CorruptDataError(f"{key} has more than {most} bytes", "publish the policy again, or a smaller one")
 
 
 def _unreadable(upload: Upload, error: OSError) -> LwdError:
@@ -260,15 +297,3 @@ def _outcome(item: Mapping[str, Any], nonsense: UnavailableError) -> Status | Lw
     if item.get("status") in STATUSES:
         return cast(Status, item["status"])
     return from_wire(item.get("error")) or nonsense
-
-
-def _announcement(document: Mapping[str, Any]) -> Announcement:
-    """Types only: signatures are the subscriber's affair."""
-    kinds: dict[str, type] = {"seq": int, "cohort": str, "version": int, "manifest_sha256": str, "signature": str}
-    values = {name: document[name] for name in (*kinds, "kind", "created_at")}
-    if any(not isinstance(values[name], kind) for name, kind in kinds.items()):
-        raise TypeError("of another type")
-    if values["kind"] not in ("publish", "promote", "rollback"):
-        raise ValueError("of another kind")
-    kind = cast(Literal["publish", "promote", "rollback"], values["kind"])
-    return Announcement(**{**values, "kind": kind, "created_at": float(values["created_at"])})

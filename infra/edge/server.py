@@ -21,12 +21,14 @@ from infra.errors import (
     UntrustedPolicyError,
 )
 from infra.policy.announcement import Announcement
+from infra.policy.permission import Permissions
 
 Status = Literal["unknown", "committed", "snapshot", "quarantined"]
 Latency = Literal["publish_to_staged_s", "publish_to_active_s"]
 STATUSES: tuple[str, ...] = get_args(Status)
 LATENCIES: tuple[str, ...] = get_args(Latency)
 MAX_BATCH = 64  # episodes in one call
+MAX_TEXT = 1000  # characters of an error that the other end tells
 
 
 class RefusedError(UnavailableError):
@@ -58,8 +60,9 @@ class Heartbeat:
         active_version, staged_version: of its policies, where it has one.
         episodes: closed in all its lives.
         details: `pid`, `tasks`, `refused` (why it takes no policy), `spool_bytes`, `spool_limit`, `spool_episodes`,
-            `ended` (its last word), `refusals` (policies that it found unfit: {version, reason}), `help` (why a person
-            should look at it), `safety` (what its shield counted, by kind); each optional.
+            `ended` (its last word), `hold` (it may run no policy), `permitted_until`, `refusals` (policies that it
+            found unfit: {version, reason}), `help` (why a person should look at it), `safety` (what its shield
+            counted, by kind); each optional.
     """
 
     active_version: int | None
@@ -82,6 +85,13 @@ class RobotServer(Protocol):
 
     def announcements(self, cohort: str, after: int) -> Sequence[Announcement]:
         """The cohort's announcements beyond position `after`, in order.
+
+        Raises:
+            ConfigError: it is not the cohort that this robot belongs to.
+        """
+
+    def permissions(self, cohort: str) -> Permissions:
+        """Until when the cohort may run which policies, and the latest reset.
 
         Raises:
             ConfigError: it is not the cohort that this robot belongs to.
@@ -141,4 +151,4 @@ def from_wire(document: object) -> LwdError | None:
     kind, problem, fix = (document.get(name) for name in ("kind", "problem", "fix"))
     if not isinstance(kind, str) or not isinstance(problem, str) or not isinstance(fix, str):
         return None
-    return _KINDS.get(kind, LwdError)(problem, fix)
+    return _KINDS.get(kind, LwdError)(problem[:MAX_TEXT], fix[:MAX_TEXT])

@@ -2,11 +2,13 @@
 
 A request whose answer did not come is sent again, since every call may be repeated: at most `tries` times, after pauses
 that double and are drawn at random, and not beyond a deadline. What the service refuses, or asks to be left alone with,
-is not tried again here. Presigned URLs and the token are never part of an error: the libraries' own texts are not used.
+not tried again here. Each request has a time in all, and an answer a size, whatever the other side sends. Presigned
+URLs and the token are never part of an error: the libraries' own texts are not used.
 """
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import json
 import re
@@ -20,6 +22,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 
+from infra.edge.deadline import DeadlineError, ends_within, watched_pools
 from infra.edge.server import RefusedError, from_wire
 from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
 from infra.process import backoff
@@ -30,6 +33,9 @@ WAIT = "wait: nothing is lost, the spool keeps what was not confirmed"
 _MAX_JSON_BYTES = 2**22
 _PAUSE_S, _PAUSE_MAX_S = 0.1, 2.0
 _LATER_MAX_S = 60.0
+_MIN_RATE = 64 * 1024  # bytes a second: what is slower is as if it had stopped
+# What the libraries raise on answers and URLs that are none; their texts may hold the URL.
+_ODD = (ValueError, TypeError, LookupError, AttributeError, RecursionError, http.client.HTTPException)
 
 
 class AgainError(UnavailableError):
@@ -64,26 +70,37 @@ class Transport:
         self._deadline_s = 2 * timeout_s
         self._tries = tries
         self._closed = threading.Event()
-        self._pool = urllib3.PoolManager(num_pools=4, maxsize=4, retries=False, ssl_context=_tls(ca), blocksize=2**16)
+        self._pool = watched_pools(
+            urllib3.PoolManager(num_pools=4, maxsize=4, retries=False, ssl_context=_tls(ca), blocksize=2**16)
+        )
 
     def close(self) -> None:
         """Give the connections back and wait for nothing any more."""
         self._closed.set()
         self._pool.clear()
 
-    def patiently(self, work: Callable[[], T], tries: int | None = None) -> T:
+    def patiently(self, work: Callable[[], T], tries: int | None = None, size: int = 0) -> T:
         """`work()`, tried again where the other side was away.
+
+        Args:
+            size: bytes that it has to move; a try that takes longer than these need has failed.
 
         Raises:
             UnavailableError: it still was.
         """
+        limit_s = self._deadline_s + size / _MIN_RATE
         end = time.monotonic() + self._deadline_s
         attempt = 0
         while True:
             try:
-                return work()
+                with ends_within(limit_s):
+                    return work()
+            except DeadlineError:
+                problem = AgainError(f"{self.where} or its store took longer than {limit_s:.0f} s", WAIT)
             except urllib3.exceptions.HTTPError as error:  # in the middle of a body
                 problem = AgainError(f"{self.where} or its store broke off ({type(error).__name__})", WAIT)
+            except _ODD as error:
+                problem = AgainError(f"{self.where} or its store answers nonsense ({type(error).__name__})", WAIT)
             except AgainError as error:
                 problem = error
             pause = backoff(attempt, _PAUSE_S, _PAUSE_MAX_S)
@@ -101,7 +118,7 @@ class Transport:
         slow: bool = False,
     ) -> urllib3.BaseHTTPResponse:
         """The answer, its body unread; redirections are not followed."""
-        where = urlsplit(url).netloc
+        where = _place(url)
         try:
             return self._pool.request(
                 method, url, headers=headers, body=body, timeout=self._slow if slow else self._timeout, redirect=False,
@@ -115,6 +132,8 @@ class Transport:
     def read(self, response: urllib3.BaseHTTPResponse) -> object:
         """The JSON of a short body; None if it is none."""
         data = response.read(_MAX_JSON_BYTES + 1)
+        if len(data) > _MAX_JSON_BYTES:
+            response.close()  # there may be no end of it
         response.release_conn()
         try:
             return json.loads(data) if len(data) <= _MAX_JSON_BYTES else None
@@ -125,7 +144,7 @@ class Transport:
         """What an answer other than success means."""
         status, said = response.status, from_wire(answer)
         after = response.headers.get("Retry-After", "")
-        if status in (429, 503) and said is not None and after.isdigit():
+        if status in (429, 503) and said is not None and re.fullmatch(r"[0-9]{1,9}", after):
             return LaterError(said.problem, said.fix, min(float(after), _LATER_MAX_S))
         if said is not None:
             return AgainError(said.problem, said.fix) if status in (500, 503) else said
@@ -153,6 +172,22 @@ def checked_url(url: str, insecure: bool) -> str:
             "set LWD_INGEST_URL to an https URL, or LWD_INGEST_INSECURE=true on a network that you trust",
         )
     return url.rstrip("/")
+
+
+def _place(url: str) -> str:
+    """Host and port of a URL, for errors: no user, no path, not without end.
+
+    Raises:
+        UnavailableError: it is no URL of a server.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or parts.scheme not in ("http", "https"):
+        raise UnavailableError("a place was named that is no http or https URL", "see what answers as the service")
+    return host[:100] + (f":{port}" if port else "")
 
 
 def _is_this_machine(host: str) -> bool:

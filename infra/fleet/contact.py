@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.edge.server import Heartbeat, Latency, RobotServer
 from infra.edge.spool import Spool
-from infra.errors import LwdError, StorageFullError, UnavailableError, UntrustedPolicyError, summary
+from infra.errors import ConfigError, LwdError, UnavailableError, summary
 from infra.policy.subscriber import ActivePolicy, PolicySubscriber
 from infra.process import backoff
 
@@ -42,6 +42,7 @@ class Contact:
         refusal: why the robot does not take the policy that it is to run; empty while it does.
         help: why a person should look at this robot; empty while none need.
         safety: what the shield counted in this life of the robot, by kind.
+        hold: the robot may run no policy that it has.
     """
 
     def __init__(
@@ -56,6 +57,11 @@ class Contact:
         self.help = ""
         self.safety: Counter[str] = Counter()
         self._refused: dict[int, str] = {}  # versions that cannot be loaded here, and why; the newest last
+        self.hold = False
+        self._measured: dict[str, int] = {}  # by name: the last version
+        self._behind = 0  # looks in a row that did not bring what the robot is to have
+        self._poll_at = 0.0  # by the monotonic clock: not before
+        self._known = False  # the server has answered
         self._told: tuple[object, ...] = ()
         self._told_at = 0.0
         self._failures = 0  # in a row
@@ -69,30 +75,50 @@ class Contact:
             keep_refusal: a policy that was staged could not be loaded, and that is still so.
 
         Raises:
-            StorageFullError: no room on this robot's disk.
-            ConfigError: this robot's token is another one's.
+            ConfigError: this robot's token is another one's, said before the server was ever of use and while there is
+                no policy to go on with.
         """
-        if time.monotonic() < self._ask_at:
+        if time.monotonic() < max(self._ask_at, self._poll_at):
             return
         before = self._subscriber.staged
         try:
             self._subscriber.poll()
             if not keep_refusal:
                 self.refusal = ""
-        except UntrustedPolicyError as error:
-            self.refuse(error)
         except UnavailableError as error:
             self._away(error)
             return
-        except LwdError:
-            raise
+        except ConfigError as error:
+            if not self._known and self._subscriber.active is None:
+                raise
+            self.refuse(error)
+        except LwdError as error:  # a policy or a disk that is no good: what the robot has goes on
+            self.refuse(error)
         except Exception as error:
             self._away(_unexpected(error))
             return
         self._reached()
+        self._wait_while_behind()
         staged = self._subscriber.staged
         if waited_for and staged is not None and staged != before:
             self.measure("publish_to_staged_s", staged)
+
+    def _wait_while_behind(self) -> None:
+        """Fetch what cannot be staged ever less often: it costs the disk, the network and this robot's time."""
+        self._behind = self._behind + 1 if self._subscriber.behind else 0
+        if self._behind > 1:
+            self._poll_at = time.monotonic() + backoff(self._behind, self._poll_s, _AWAY_MAX_S)
+
+    def permitted(self) -> bool:
+        """Whether an episode may be begun with the active policy; said once when that changes."""
+        hold = self._subscriber.active is not None and not self._subscriber.permitted
+        if hold != self.hold:
+            self.hold = hold
+            if hold:
+                say("hold: no permission", logging.ERROR, ended=self._subscriber.permitted_until)
+            else:
+                say("permitted again")
+        return not hold
 
     def refuse(self, error: LwdError, version: int | None = None) -> None:
         """A policy cannot be taken: said once for each reason, not at every boundary.
@@ -118,7 +144,7 @@ class Contact:
         """
         active, staged = self._subscriber.active, self._subscriber.staged
         refusals = self._refusals()
-        told = (active, staged, closed, self.refusal, self.help, len(refusals), ended)
+        told = (active, staged, closed, self.refusal, self.help, len(refusals), self.hold, ended)
         now = time.monotonic()
         if now < self._ask_at or (told == self._told and now - self._told_at < _HEARTBEAT_S):
             return
@@ -133,15 +159,15 @@ class Contact:
             "spool_limit": self._spool.max_bytes,
             "spool_episodes": len(self._spool.pending()),
             "ended": ended,
+            "hold": self.hold,
+            "permitted_until": self._subscriber.permitted_until,
         }
         versions = (active.version if active else None, staged.version if staged else None)
         try:
             self._server.heartbeat(Heartbeat(*versions, closed, details))
-        except (UnavailableError, StorageFullError) as error:
+        except LwdError as error:  # whatever the server says, this robot goes on
             self._away(error)
             return
-        except LwdError:
-            raise
         except Exception as error:
             self._away(_unexpected(error))
             return
@@ -149,13 +175,14 @@ class Contact:
         self._reached()
 
     def measure(self, name: Latency, policy: ActivePolicy) -> None:
-        """Record how long a policy's announcement took until now."""
+        """Record how long a policy's announcement took until now, once for each version."""
+        if not policy.announced_at or self._measured.get(name) == policy.version:
+            return
+        self._measured[name] = policy.version
         try:
             self._server.measure(name, policy.version, policy.announced_at)
-        except (UnavailableError, StorageFullError) as error:
+        except LwdError as error:
             self._away(error)
-        except LwdError:
-            raise
         except Exception as error:
             self._away(_unexpected(error))
 
@@ -171,6 +198,7 @@ class Contact:
         self._ask_at = time.monotonic() + backoff(self._failures, self._poll_s, _AWAY_MAX_S)
 
     def _reached(self) -> None:
+        self._known = True
         if self._failures:
             say("online again", failures=self._failures)
         self._failures = 0

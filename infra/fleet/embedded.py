@@ -12,6 +12,7 @@ from infra.objects import ObjectStore, incoming_key
 from infra.plane import open_catalog, open_objects
 from infra.policy.announcement import Announcement
 from infra.policy.channel import CatalogPolicySource
+from infra.policy.permission import Permissions
 from infra.service.backend import Backend
 from infra.settings import Settings
 
@@ -68,9 +69,12 @@ class EmbeddedServer(RobotServer):
         return [outcome for outcome in outcomes if outcome is not None]
 
     def announcements(self, cohort: str, after: int) -> Sequence[Announcement]:
-        if cohort != self._cohort:
-            raise ConfigError(f"robot {self._robot_id} is of cohort {self._cohort}, not {cohort}", "ask for its own")
+        self._own(cohort)
         return self._policies.announcements(cohort, after)
+
+    def permissions(self, cohort: str) -> Permissions:
+        self._own(cohort)
+        return self._policies.permissions(cohort)
 
     def fetch(self, key: str) -> bytes:
         return self._policies.fetch(key)
@@ -83,3 +87,7 @@ class EmbeddedServer(RobotServer):
 
     def close(self) -> None:
         self._backend.catalog.close()
+
+    def _own(self, cohort: str) -> None:
+        if cohort != self._cohort:
+            raise ConfigError(f"robot {self._robot_id} is of cohort {self._cohort}, not {cohort}", "ask for its own")

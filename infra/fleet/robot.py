@@ -44,6 +44,7 @@ from infra.fleet.rollout import Job
 from infra.fleet.scene import ACTION_DIM, CONTROL_PERIOD, SceneEnv
 from infra.fleet.tasks import task
 from infra.policy.keys import load_trusted
+from infra.policy.permission import Validity
 from infra.policy.subscriber import ActivePolicy, PolicySubscriber
 from infra.process import backoff, load_callable, log_to, process_arguments, run_process
 from infra.settings import MIB, Settings, load_settings
@@ -118,8 +119,9 @@ class Robot:
             _say("recovered", episode_id=closed.episode_id)
         self.client = EdgeClient(config.robot_id, spool, self._server, poll_s=settings.poll_s, on_event=_event)
         self.subscriber = PolicySubscriber(
-            self._home / "policy", config.cohort, self._server, load_trusted(settings.keys_dir)
-        )
+            self._home / "policy", config.cohort, self._server, load_trusted(settings.keys_dir),
+            validity=Validity(settings.permit_canary_s, settings.permit_learning_s, settings.permit_champion_s),
+        )  # fmt: skip
         self._contact = Contact(self._server, self.subscriber, spool, config.tasks, settings.poll_s)
         self._make_env = make_env
         operator: Operator | None = TakeoverOperator(config.operator) if config.operator > 0 else None
@@ -187,7 +189,7 @@ class Robot:
             self._contact.refusal = ""
             if had:
                 self._contact.measure("publish_to_active_s", staged)
-        self._follow(self.subscriber.active)
+        self._follow(self.subscriber.active if self._contact.permitted() else None)
         self._contact.heartbeat(self._closed)
 
     def _follow(self, active: ActivePolicy | None) -> None:

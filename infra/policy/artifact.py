@@ -26,10 +26,14 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 WEIGHTS, ARCHITECTURE, BASE = "policy.safetensors", "architecture.json", "base.safetensors"
 COHORTS = ("learning", "canary", "production")
 
-_FILE_NAME = re.compile(r"^[a-z0-9_]+\.(safetensors|json)$")
+MAX_MANIFEST_BYTES, MAX_SIGNATURE_BYTES = 2**17, 2**10
+_FILE_NAME = re.compile(r"^(?!(?:con|prn|aux|nul|com\d|lpt\d)\.)[a-z0-9_]{1,64}\.(safetensors|json)$")  # no device's
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
-_MAX_FILE_BYTES = 8 * 2**30
+_MAX_FILES = 64
+_MAX_FILE_BYTES = 8 * 2**30  # of one file, and of all that a bundle holds
 _MAX_BASE_BYTES = 64 * 2**30
+_MAX_INT = 2**31 - 1
+_AGAIN = "publish the policy again; the last policy that was good stays in use"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Manifest:
         """
         fix = "publish the policy again; it was not used"
         try:
+            if len(data) > MAX_MANIFEST_BYTES:
+                raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes")
             document = json.loads(data)
             if document.pop("type") != "lwd-policy-manifest":
                 raise ValueError("type is not lwd-policy-manifest")
@@ -104,17 +110,37 @@ class Manifest:
             if base is not None:
                 base = BaseEntry(str(base["sha256"]), int(base["size"]), str(base["name"]))
             manifest = cls(files=files, base=base, **document)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UntrustedPolicyError(f"{name} is not a policy manifest ({error})", fix) from error
+            _check_types(manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise UntrustedPolicyError(f"{name} is not a policy manifest ({str(error)[:200]})", fix) from error
         for key, entry in files.items():
             if not _FILE_NAME.fullmatch(key) or key in (MANIFEST, BASE) or not 0 <= entry.size <= _MAX_FILE_BYTES:
-                raise UntrustedPolicyError(f"{name} names the file {key!r} of {entry.size} bytes", fix)
+                raise UntrustedPolicyError(f"{name} names the file {key[:80]!r} of {entry.size} bytes", fix)
+        if len(files) > _MAX_FILES or sum(entry.size for entry in files.values()) > _MAX_FILE_BYTES:
+            raise UntrustedPolicyError(
+                f"{name} names {len(files)} files of {sum(entry.size for entry in files.values())} bytes, "
+                f"at most {_MAX_FILES} of {_MAX_FILE_BYTES} are allowed",
+                fix,
+            )
         # The digest becomes a file name and an object's key: nothing but hex digits.
         if base is not None and not (
             base.name == BASE and _SHA256.fullmatch(base.sha256) and 0 < base.size <= _MAX_BASE_BYTES
         ):
             raise UntrustedPolicyError(f"{name} names the base {base.name!r} {base.sha256!r}, {base.size} bytes", fix)
         return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Refuse by ValueError what is of another type or range than the fields are."""
+    whole = {"version": manifest.version, "snapshot_version": manifest.snapshot_version, "parent": manifest.parent or 0}
+    for name, value in whole.items():
+        if type(value) is not int or not 0 <= value <= _MAX_INT:
+            raise ValueError(f"{name} is no number of 0 to {_MAX_INT}")
+    if type(manifest.created_at) not in (int, float) or not abs(manifest.created_at) < 2**40:
+        raise ValueError("created_at is no time")
+    digests = [manifest.architecture_sha256, *(entry.sha256 for entry in manifest.files.values())]
+    if not isinstance(manifest.cohort, str) or not all(isinstance(d, str) and _SHA256.fullmatch(d) for d in digests):
+        raise ValueError("a cohort or a digest is none")
 
 
 def seal(
@@ -179,8 +205,9 @@ def read_signed_manifest(bundle: Path, trust: TrustStore) -> Manifest:
     """
     fix = "publish the policy again; it was not used"
     try:
-        data, signature = (bundle / MANIFEST).read_bytes(), (bundle / SIGNATURE).read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
+        data = _capped(bundle / MANIFEST, MAX_MANIFEST_BYTES)
+        signature = _capped(bundle / SIGNATURE, MAX_SIGNATURE_BYTES).decode("ascii")
+    except (OSError, ValueError) as error:
         raise UntrustedPolicyError(f"{bundle} has no readable signed manifest ({error})", fix) from error
     manifest = Manifest.parse(data, f"{bundle.name}/{MANIFEST}")
     trust.verify(manifest.document(), signature, f"the manifest of policy {manifest.version}")
@@ -198,7 +225,14 @@ def verify(bundle: Path, trust: TrustStore, *, known_base: Path | None = None) -
         UntrustedPolicyError: anything is missing, truncated, changed or one too many; the message names it.
     """
     manifest = read_signed_manifest(bundle, trust)
-    fix = "publish the policy again; the last policy that was good stays in use"
+    try:
+        return _verified(manifest, bundle, known_base)
+    except OSError as error:  # gone since, or no file
+        raise UntrustedPolicyError(f"policy {manifest.version} cannot be read ({error})", _AGAIN) from error
+
+
+def _verified(manifest: Manifest, bundle: Path, known_base: Path | None) -> Manifest:
+    fix = _AGAIN
     present = {path.name for path in bundle.iterdir()} - {MANIFEST, SIGNATURE}
     expected: dict[str, FileEntry | BaseEntry] = {**manifest.files}
     if manifest.base is not None:
@@ -219,6 +253,14 @@ def verify(bundle: Path, trust: TrustStore, *, known_base: Path | None = None) -
         if needed not in manifest.files:
             raise UntrustedPolicyError(f"policy {manifest.version} lacks {needed}", fix)
     return manifest
+
+
+def _capped(path: Path, most: int) -> bytes:
+    with path.open("rb") as handle:
+        data = handle.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path.name} has more than {most} bytes")
+    return data
 
 
 def file_sha256(path: Path) -> str:

@@ -33,8 +33,8 @@ class ObjectSource(Protocol):
 class StreamingSource(Protocol):
     """A source that can also write an object to a file block by block."""
 
-    def fetch_to(self, key: str, path: Path) -> None:
-        """Write the object to `path`, replacing what is there; the caller checks what came."""
+    def fetch_to(self, key: str, path: Path, most: int) -> None:
+        """Write an object of at most `most` bytes to `path`, replacing what is there; the caller checks what came."""
 
 
 class BaseCache:
@@ -63,7 +63,8 @@ class BaseCache:
         self._root.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         try:
-            _fetch(source, base_key(entry.sha256), part)
+            _see_room(self._root, entry)
+            _fetch(source, base_key(entry.sha256), part, entry.size)
             size = part.stat().st_size
             if size != entry.size or file_sha256(part) != entry.sha256:
                 raise UntrustedPolicyError(
@@ -126,9 +127,14 @@ class BaseCache:
             self._checked[entry.sha256] = stamp
 
 
-def _fetch(source: ObjectSource, key: str, part: Path) -> None:
+def _see_room(root: Path, entry: BaseEntry) -> None:
+    if shutil.disk_usage(root).free < entry.size:
+        raise OSError(errno.ENOSPC, "no room")
+
+
+def _fetch(source: ObjectSource, key: str, part: Path, most: int) -> None:
     if isinstance(source, StreamingSource):
-        source.fetch_to(key, part)
+        source.fetch_to(key, part, most)
     else:
         part.write_bytes(source.fetch(key))
 

@@ -35,16 +35,33 @@ from infra.policy.artifact import (
 )
 from infra.policy.bases import BaseCache
 from infra.policy.keys import Signer, TrustStore
+from infra.policy.permission import Permissions, Validity
+from infra.policy.permit import current_epoch, permissions_of, permit
 
 _TRIES = 20
+_PAGE = 10_000  # announcements in one look
+_USUAL = 2**31  # a number beyond is one that was signed in error
 
 
 def announce(
-    connection: sa.Connection, signer: Signer, *, cohort: str, version: int, kind: Kind, manifest_sha256: str
+    connection: sa.Connection,
+    signer: Signer,
+    *,
+    cohort: str,
+    version: int,
+    kind: Kind,
+    manifest_sha256: str,
+    validity: Validity | None = None,
 ) -> Announcement:
-    """Append a signed announcement inside the caller's write transaction."""
-    last = connection.execute(sa.select(sa.func.max(schema.announcements.c.seq))).scalar_one()
-    unsigned = Announcement((last or 0) + 1, cohort, version, kind, manifest_sha256, round(now(connection), 6))
+    """Append a signed announcement, and the permission to act upon it, inside the caller's write transaction."""
+    epoch, table = current_epoch(connection), schema.announcements
+    newest = sa.select(sa.func.max(table.c.seq))
+    last = connection.execute(newest.where(table.c.epoch == epoch)).scalar()
+    if last is None:  # the first of an epoch: numbers are unique over all of them
+        last = connection.execute(newest.where(table.c.seq < _USUAL)).scalar()
+    unsigned = Announcement(
+        (last or 0) + 1, cohort, version, kind, manifest_sha256, round(now(connection), 6), epoch=epoch
+    )
     signature = signer.sign(unsigned.statement())
     connection.execute(
         sa.insert(schema.announcements).values(
@@ -55,8 +72,10 @@ def announce(
             manifest_key=f"{bundle_prefix(manifest_sha256)}/{MANIFEST}",
             authorisation={"manifest_sha256": manifest_sha256, "signature": signature},
             created_at=unsigned.created_at,
+            epoch=epoch,
         )
     )
+    permit(connection, signer, validity or Validity(), cohorts=(cohort,))
     return Announcement(**{**vars(unsigned), "signature": signature})
 
 
@@ -66,9 +85,13 @@ class PolicyPublisher:
     Args:
         catalog, objects: where policies are announced and where their files lie.
         signer: the deployment's signing key.
+        validity: how long what is announced may be run without a renewal.
     """
 
-    def __init__(self, catalog: Catalog, objects: ObjectStore, signer: Signer) -> None:
+    def __init__(
+        self, catalog: Catalog, objects: ObjectStore, signer: Signer, validity: Validity | None = None
+    ) -> None:
+        self._validity = validity or Validity()
         self._catalog = catalog
         self._objects = objects
         self._signer = signer
@@ -183,6 +206,7 @@ class PolicyPublisher:
                     version=manifest.version,
                     kind="publish",
                     manifest_sha256=manifest.digest,
+                    validity=self._validity,
                 )
         return True
 
@@ -198,10 +222,14 @@ class CatalogPolicySource:
         """The cohort's announcements beyond position `after`, in order. Nothing is believed here: robots verify."""
         table = schema.announcements
         with self._catalog.read() as connection:
-            rows = connection.execute(
-                sa.select(table).where(table.c.cohort == cohort, table.c.seq > after).order_by(table.c.seq)
-            ).mappings()
+            mine = (table.c.cohort == cohort) & (table.c.epoch == current_epoch(connection)) & (table.c.seq > after)
+            rows = connection.execute(sa.select(table).where(mine).order_by(table.c.seq).limit(_PAGE)).mappings()
             return [_parse(row) for row in rows]
+
+    def permissions(self, cohort: str) -> Permissions:
+        """Until when the cohort may run what, and the latest reset."""
+        with self._catalog.read() as connection:
+            return permissions_of(connection, cohort)
 
     def fetch(self, key: str) -> bytes:
         """The bytes of a policy's object."""
@@ -276,4 +304,5 @@ def _parse(row: Any) -> Announcement:
         manifest_sha256=str(authorisation.get("manifest_sha256", "")),
         created_at=row["created_at"],
         signature=str(authorisation.get("signature", "")),
+        epoch=row["epoch"],
     )

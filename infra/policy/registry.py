@@ -20,9 +20,13 @@ from infra.crashpoints import crashpoint
 from infra.errors import ConfigError, UntrustedPolicyError
 from infra.policy.announcement import Kind
 from infra.policy.approval import Approval, evidence_digest, verify_approval
+from infra.policy.artifact import COHORTS
 from infra.policy.card import ModelCard
 from infra.policy.channel import announce
 from infra.policy.keys import Signer
+from infra.policy.permission import Reset, Validity
+from infra.policy.permit import current_epoch, last_announced, permit
+from infra.policy.refusals import overrule, refuse_if_refused
 from infra.snapshots import current
 
 Alias = Literal["champion", "canary", "previous"]
@@ -53,6 +57,7 @@ class Registry:
         approval: promotion needs the signed approval of a person other than the proposer.
         cards: folder for the model cards; None keeps them in the catalog only.
         keys_dir: where the people are enrolled who may approve.
+        validity: how long what is announced may be run without a renewal.
     """
 
     def __init__(
@@ -63,7 +68,9 @@ class Registry:
         approval: bool = False,
         cards: Path | None = None,
         keys_dir: Path | None = None,
+        validity: Validity | None = None,
     ) -> None:
+        self._validity = validity or Validity()
         self._catalog = catalog
         self._signer = signer
         self._approval = approval
@@ -98,8 +105,8 @@ class Registry:
         """Put a published policy on trial: alias `canary`, announced to the canary cohort. Repeated, it does nothing.
 
         Raises:
-            ConfigError: there is no such policy, it was refused, it is not newer than the champion, or another one is
-                on trial.
+            ConfigError: there is no such policy, it was refused, also by a robot, it is not newer than the champion, or
+                another one is on trial.
         """
         with self._catalog.begin() as connection:
             policy = self._promotable(connection, version)
@@ -174,8 +181,8 @@ class Registry:
             on_trial: only if it is the policy on trial.
 
         Raises:
-            ConfigError: no such policy, refused, not newer than the champion, no longer on trial, compared with another
-                champion than today's, or the approval is missing or the proposer's own.
+            ConfigError: no such policy, refused by the gate or by a robot, not newer than the champion, no longer on
+                trial, compared with another champion than today's, or the approval is missing or the proposer's own.
             UntrustedPolicyError: the approval is nobody's, or of another artifact, evidence or champion.
         """
         with self._catalog.begin() as connection:
@@ -212,6 +219,7 @@ class Registry:
             self._record(connection, "promote", policy, champion, said, proposer, card.approver)
             crashpoint("registry.promoted")
             self._announce(connection, _FOLLOWERS, policy, "promote")
+            permit(connection, self._key(), self._validity)
         crashpoint("registry.promotion_announced")
         if self._cards is not None:
             card.write(self._cards)
@@ -262,6 +270,48 @@ class Registry:
             self._record(connection, "refuse", policy, champion, dict(evidence), proposer, None)
             if _alias(connection, "canary") == version:
                 self._recall(connection, champion)
+            permit(connection, self._key(), self._validity)
+
+    def overrule_refusals(self, version: int, *, actor: str, reason: str) -> list[str]:
+        """Let a policy be promoted although robots refused it; the robots. Recorded in the audit.
+
+        Raises:
+            ConfigError: no such policy, or no robot refuses it.
+        """
+        with self._catalog.begin() as connection:
+            policy = _policy(connection, version)
+            robots = overrule(connection, version, actor)
+            evidence = {"reason": reason, "robots": robots}
+            self._record(connection, "overrule", policy, _alias(connection, "champion"), evidence, actor, None)
+            permit(connection, self._key(), self._validity)
+        return robots
+
+    def reset(self, *, actor: str, reason: str) -> int:
+        """Begin the announcements' numbers anew, by a signed reset; the new epoch.
+
+        Robots that follow it take nothing that was signed before, and what each cohort is to run is announced again.
+        """
+        with self._catalog.begin() as connection:
+            champion = _alias(connection, "champion")
+            wanted = {cohort: self._still_wanted(connection, cohort, champion) for cohort in COHORTS}
+            at = round(now(connection), 6)
+            unsigned = Reset(current_epoch(connection) + 1, at)
+            signature = self._key().sign(unsigned.statement())
+            row = {"epoch": unsigned.epoch, "created_at": at, "signature": signature, "actor": actor, "reason": reason}
+            connection.execute(sa.insert(schema.policy_epochs).values(row))
+            for cohort, version in wanted.items():
+                if version is not None:
+                    self._announce(connection, (cohort,), _policy(connection, version), "rollback")
+            permit(connection, self._key(), self._validity)
+        return unsigned.epoch
+
+    def _still_wanted(self, connection: sa.Connection, cohort: str, champion: int | None) -> int | None:
+        said = last_announced(connection, cohort)
+        if said is None or cohort == "production":
+            return champion
+        status = _policy(connection, said.version).status
+        withdrawn = cohort == "canary" and said.version not in (champion, _alias(connection, "canary"))
+        return champion if withdrawn or status in ("refused", "rolled back") else int(said.version)
 
     def rollback(self, *, actor: str, reason: str) -> int:
         """Make the previous champion the champion again, by signed rollback; returns its version.
@@ -293,6 +343,7 @@ class Registry:
             self._record(connection, "rollback", policy, champion, {"reason": reason}, actor, None)
             crashpoint("registry.rolled_back")
             self._announce(connection, _FOLLOWERS, policy, "rollback")
+            permit(connection, self._key(), self._validity)
         return target
 
     def _check_approval(
@@ -325,6 +376,7 @@ class Registry:
         champion = _alias(connection, "champion")
         if policy.status in ("refused", "rolled back"):
             raise ConfigError(f"policy {version} was {policy.status}", "publish a new one")
+        refuse_if_refused(connection, version)
         if champion is not None and version <= champion:
             raise ConfigError(
                 f"policy {version} is not newer than the champion, {champion}",
@@ -338,22 +390,27 @@ class Registry:
         crashpoint("registry.trial_ended")
         if champion is not None:
             self._announce(connection, ("canary",), _policy(connection, champion), "rollback")
+        permit(connection, self._key(), self._validity)
 
-    def _announce(self, connection: sa.Connection, cohorts: Sequence[str], policy: Any, kind: Kind) -> None:
+    def _key(self) -> Signer:
         if self._signer is None:
             raise ConfigError(
                 "this machine has no key that may promote", "decide where the deployment's keys/signing.pem is"
             )
+        return self._signer
+
+    def _announce(self, connection: sa.Connection, cohorts: Sequence[str], policy: Any, kind: Kind) -> None:
         for cohort in cohorts:
             if kind == "promote" and cohort == "canary" and _last_announced(connection, cohort) > policy.version:
                 kind = "rollback"  # a newer candidate was on trial there: going back to the champion must be allowed
             announce(
                 connection,
-                self._signer,
+                self._key(),
                 cohort=cohort,
                 version=policy.version,
                 kind=kind,
                 manifest_sha256=policy.manifest_sha256,
+                validity=self._validity,
             )
 
     def _record(
@@ -405,9 +462,8 @@ def _alias(connection: sa.Connection, name: str) -> int | None:
 
 
 def _last_announced(connection: sa.Connection, cohort: str) -> int:
-    table = schema.announcements
-    query = sa.select(table.c.version).where(table.c.cohort == cohort).order_by(table.c.seq.desc()).limit(1)
-    return connection.execute(query).scalar() or 0
+    said = last_announced(connection, cohort)
+    return 0 if said is None else int(said.version)
 
 
 def _point(connection: sa.Connection, name: str, version: int) -> None:

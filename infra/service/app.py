@@ -38,6 +38,7 @@ from infra.service.models import (
     Measured,
     Offer,
     Outcomes,
+    Permits,
     Places,
     Problem,
     Question,
@@ -182,6 +183,12 @@ def announcements(robot: Robot, service: Shared, after: Annotated[int, Query(ge=
     """What was announced to the token's cohort beyond position `after`, in order."""
     found, more = service.backend.announcements(robot.cohort, after)
     return Announcements(announcements=[Announced(**asdict(said)) for said in found], more=more)
+
+
+@v1.get("/permissions")
+def permissions(robot: Robot, service: Shared) -> Permits:
+    """Until when the token's cohort may run which policies, and the latest reset of the announcements' numbers."""
+    return Permits(**service.backend.permissions(robot.cohort).document())
 
 
 _bytes_or_url: dict[int | str, dict[str, Any]] = {

@@ -24,6 +24,8 @@ from infra.objects import ObjectStore
 from infra.policy.announcement import Announcement, base_key, bundle_prefix
 from infra.policy.artifact import BASE
 from infra.policy.channel import CatalogPolicySource
+from infra.policy.permission import Permissions
+from infra.policy.refusals import record_refusals
 from infra.telemetry import milestones
 
 PAGE = 1000  # announcements in one answer
@@ -93,6 +95,10 @@ class Backend:
         found = self._policies.announcements(cohort, after)
         return list(found[:PAGE]), len(found) > PAGE
 
+    def permissions(self, cohort: str) -> Permissions:
+        """Until when the cohort may run what, and the latest reset."""
+        return self._policies.permissions(cohort)
+
     def policy_key(self, digest: str, name: str) -> str:
         """The store's key of a published policy's file.
 
@@ -114,7 +120,7 @@ class Backend:
         return base_key(sha256)
 
     def heartbeat(self, robot_id: str, cohort: str, beat: Heartbeat) -> None:
-        """Record a robot's sign of life."""
+        """Record a robot's sign of life, and the policies that it refuses."""
         with self.catalog.begin() as connection:
             row = {
                 "robot_id": robot_id,
@@ -126,6 +132,7 @@ class Backend:
                 "details": dict(beat.details),
             }
             dialect.upsert(connection, robots, row)
+            record_refusals(connection, robot_id, beat.details.get("refusals"))
 
     def measure(self, robot_id: str, name: str, version: int, since: float) -> None:
         """Record how long ago `since` was.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from infra.edge.server import MAX_BATCH, Heartbeat, Latency, Status
+from infra.policy.permission import Role
 
 _INT = 2**31 - 1
 _Version = Annotated[int, Field(ge=1, le=_INT)]
@@ -94,11 +95,46 @@ class Announced(BaseModel):
     manifest_sha256: str
     created_at: float
     signature: str
+    epoch: int = 0
 
 
 class Announcements(BaseModel):
     announcements: list[Announced] = Field(description="beyond `after`, in order")
     more: bool = Field(description="there are further ones: ask again")
+
+
+class Permitted(BaseModel):
+    """See `infra.policy.permission.Permission`; a robot believes its signature alone."""
+
+    number: int
+    epoch: int
+    cohort: str
+    role: Role
+    version: int
+    manifest_sha256: str
+    issued_at: float
+    valid_until: float
+    signature: str
+
+
+class Begun(BaseModel):
+    """See `infra.policy.permission.Reset`."""
+
+    epoch: int
+    created_at: float
+    signature: str
+
+
+class Permits(BaseModel):
+    permissions: list[Permitted] = Field(description="what the token's cohort may run, at most one of each role")
+    reset: Begun | None = Field(None, description="the latest; numbers of announcements begin anew with it")
+
+
+class Refusal(BaseModel):
+    """A policy that a robot could not run."""
+
+    version: _Version
+    reason: Annotated[str, StringConstraints(max_length=300)]
 
 
 class Details(BaseModel):
@@ -115,6 +151,9 @@ class Details(BaseModel):
     ended: bool = False
     help: Annotated[str, StringConstraints(max_length=300)] | None = None
     safety: Annotated[dict[_Word, Annotated[int, Field(ge=0, le=_INT)]], Field(max_length=32)] = {}
+    hold: bool = False
+    permitted_until: float | None = None
+    refusals: Annotated[list[Refusal], Field(max_length=32)] = []
 
 
 class Beat(BaseModel):

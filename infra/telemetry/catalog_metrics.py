@@ -22,6 +22,8 @@ from infra.catalog.schema import (
     measurements,
     outbox,
     policies,
+    policy_permissions,
+    policy_refusals,
     promotions,
     quarantine,
     robot_tokens,
@@ -34,7 +36,7 @@ from infra.telemetry import metrics
 from infra.telemetry.milestones import Times
 
 STAGES = ("conflict", "schema", "decode", "identity", "contract", "influence", "store", "read", "revoked")
-DECISIONS = ("canary", "safe", "withdraw", "refuse", "promote", "rollback")
+DECISIONS = ("canary", "safe", "withdraw", "refuse", "promote", "rollback", "overrule")
 _EVERY_S, _SLOW_EVERY_S, _CATCH_UP_S = 5.0, 60.0, 0.5
 _SCAN = 5_000  # outbox rows judged in one look: there may be a million after a start, and the coordinator has work
 _UNSENT_MAX = 100_000
@@ -61,12 +63,15 @@ _OF_LEADER = (
     metrics.ROBOT_REFUSES,
     metrics.ROBOT_SAFETY,
     metrics.ROBOT_HELP,
+    metrics.ROBOT_HOLD,
     metrics.ROBOT_SPOOL,
     metrics.ROBOT_SPOOL_LIMIT,
     metrics.ROBOT_PENDING,
     metrics.TOKEN_EXPIRES,
     metrics.POLICY_VERSION,
     metrics.POLICY_CREATED,
+    metrics.POLICY_PERMISSION,
+    metrics.POLICY_REFUSALS,
     metrics.POLICY_DECISIONS,
 )
 
@@ -119,6 +124,7 @@ class CatalogMetrics:
                 metrics.SNAPSHOT_CREATED.set(snapshot.created_at)
             _robots(connection, now)
             _policies(connection)
+            _permissions(connection, now)
             self._latencies(connection)
             if time.monotonic() >= self._slow_due:
                 self._slow_due = time.monotonic() + _SLOW_EVERY_S
@@ -202,6 +208,7 @@ def _robots(connection: sa.Connection, now: float) -> None:
         for robot, counts in counted.items() if isinstance(counts, Mapping)
         for kind, count in counts.items() if isinstance(count, int)
     })  # fmt: skip
+    metrics.ROBOT_HOLD.set_all({(row.robot_id,): float(bool(said[row.robot_id].get("hold"))) for row in here})
     for name, gauge in (
         ("spool_bytes", metrics.ROBOT_SPOOL),
         ("spool_limit", metrics.ROBOT_SPOOL_LIMIT),
@@ -221,6 +228,18 @@ def _policies(connection: sa.Connection) -> None:
         metrics.POLICY_CREATED.set(newest.created_at)
         versions |= {("newest",): float(newest.version)}
     metrics.POLICY_VERSION.set_all(versions)
+
+
+def _permissions(connection: sa.Connection, now: float) -> None:
+    rows = connection.execute(sa.select(policy_permissions).where(policy_permissions.c.signature != "")).all()
+    metrics.POLICY_PERMISSION.set_all(
+        {(row.cohort, row.role): (row.valid_until - now) / (row.valid_until - row.issued_at) for row in rows}
+    )
+    told = sa.select(policy_permissions.c.version)
+    refusing = sa.select(sa.func.count()).where(
+        policy_refusals.c.version.in_(told), policy_refusals.c.overruled_by.is_(None)
+    )
+    metrics.POLICY_REFUSALS.set(connection.execute(refusing).scalar_one())
 
 
 def _slow(connection: sa.Connection) -> None:

@@ -174,6 +174,10 @@ ROBOT_HELP = Gauge(
     "lwd_robot_asks_for_help", "1 while the robot says that a person should look at it, else 0.", by="coordinator",
     labels=("robot",),
 )  # fmt: skip
+ROBOT_HOLD = Gauge(
+    "lwd_robot_hold", "1 while the robot may run no policy that it has and begins no episode, else 0.",
+    by="coordinator", labels=("robot",),
+)  # fmt: skip
 ROBOT_SPOOL = Gauge("lwd_robot_spool_bytes", "What the robot's spool holds.", by="coordinator", labels=("robot",))
 ROBOT_SPOOL_LIMIT = Gauge(
     "lwd_robot_spool_limit_bytes", "What the robot's spool may hold.", by="coordinator", labels=("robot",)
@@ -193,8 +197,18 @@ POLICY_VERSION = Gauge(
 POLICY_CREATED = Gauge(
     "lwd_policy_created_timestamp_seconds", "When the newest policy was published.", by="coordinator"
 )
+POLICY_PERMISSION = Gauge(
+    "lwd_policy_permission_left_ratio",
+    "Part of its time that a cohort's permission has left; below 0 it has ended; kind: current, champion.",
+    by="coordinator", labels=("cohort", "kind"),
+)  # fmt: skip
+POLICY_REFUSALS = Gauge(
+    "lwd_policy_refusals", "Robots that refuse a policy that cohorts are told to run, and were not overruled.",
+    by="coordinator",
+)  # fmt: skip
 POLICY_DECISIONS = Gauge(
-    "lwd_policy_decisions", "Decisions in the audit; kind: canary, safe, withdraw, refuse, promote, rollback.",
+    "lwd_policy_decisions",
+    "Decisions in the audit; kind: canary, safe, withdraw, refuse, promote, rollback, overrule.",
     by="coordinator", labels=("kind",),
 )  # fmt: skip
 PUBLISH_TO_STAGED = Histogram(

@@ -10,22 +10,29 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from deployment import Deployment
+from deployment import Deployment, scene_bundle
 from invariants import assert_invariants, open_plane
 from serving import Process, Served, serving
 from waiting import wait_until
 
-from infra.catalog import schema
+from infra.catalog import Catalog, schema
 from infra.edge.server import Upload
 from infra.errors import ConfigError, UnavailableError
 from infra.fleet import robot as robot_module
 from infra.fleet.robot import Robot, RobotConfig, main, spawn_robot
+from infra.policy.channel import PolicyPublisher
+from infra.policy.keys import Signer, create_keys
+from infra.policy.permission import Permission, Validity
+from infra.policy.permit import permit
+from infra.policy.registry import Registry
 from infra.settings import Settings, load_settings
 
 
@@ -263,6 +270,61 @@ def test_a_robot_goes_on_while_its_server_is_away(
     spooled = {path.name.split(".")[0] for path in (settings.spool_dir / "r0" / "closed").iterdir()}
     deployment.coordinate()
     assert {episode.episode_id for episode in deployment.episodes()} <= spooled  # nothing is confirmed yet
+
+
+def test_a_robot_cut_off_runs_a_refused_policy_until_its_permission_ends_then_the_champion_then_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = Deployment(tmp_path / "server")
+    plane, signer = deployment.plane, create_keys(deployment.home / "keys")
+    short = Validity(learning=5.0, champion=10.0)
+    publisher = PolicyPublisher(plane.catalog, plane.objects, signer, short)
+    registry = Registry(plane.catalog, signer, validity=short)
+    service, home = Process(deployment.home), tmp_path / "robot"
+    service.start()
+    settings = given_a_url_and_a_token(deployment, service.served, monkeypatch, home)
+    publisher.publish(scene_bundle(deployment.home / "export", 0), cohort=None)
+    robot = spawn_robot(home, RobotConfig("r0", ("S1",), drain_s=0.0))
+
+    def lines() -> list[dict[str, Any]]:
+        path = settings.logs_dir / "robot-r0.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def said(message: str) -> list[dict[str, Any]]:
+        return [line for line in lines() if line["message"] == message]
+
+    try:
+        wait_until(lambda: _seen(deployment))  # its start does not count
+        registry.promote(1, {})
+        publisher.publish(scene_bundle(deployment.home / "export", 1))
+        wait_until(lambda: [line for line in said("episode") if line["policy"] == 2])
+        service.kill()
+        registry.refuse(2, {})
+        wait_until(lambda: said("hold: no permission"))
+        ended = len(said("episode"))
+        wait_until(lambda: time.time() > said("hold: no permission")[0]["at"] + 1.0)
+        assert len(said("episode")) == ended and robot.poll() is None
+        ran = [line["policy"] for line in said("episode")]
+        assert ran[ran.index(2) :] == sorted(ran[ran.index(2) :], reverse=True) and set(ran) == {1, 2}
+        service.start()
+        assert permit_again(plane.catalog, signer)
+        wait_until(lambda: said("permitted again"))
+        wait_until(lambda: len(said("episode")) > ended)
+        assert said("episode")[-1]["policy"] == 1  # the refused one was not renewed
+    finally:
+        robot.kill()
+        robot.wait()
+        service.kill()
+
+
+def _seen(deployment: Deployment) -> bool:
+    with deployment.plane.catalog.read() as connection:
+        return connection.execute(sa.select(schema.robots)).first() is not None
+
+
+def permit_again(catalog: Catalog, signer: Signer) -> list[Permission]:
+    with catalog.begin() as connection:
+        return permit(connection, signer, Validity())
 
 
 def test_a_robot_with_another_robots_token_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,12 +241,24 @@ def test_a_robot_that_comes_back_to_a_cohort_replays_nothing_there(channel: Chan
     assert back.poll() == 3
 
 
-def test_a_state_file_of_another_hand_is_refused(channel: Channel) -> None:
+@pytest.mark.parametrize("damage", [b"[]", b"", b"\xff", b"[" * 100_000, b'{"cohort": "learning", "seq": "9"}',
+                                    b'{"cohort": "learning", "active": {"version": 1, "digest": "../../x"}}',
+                                    b'{"cohort": "learning", "grants": [1]}', b'{"cohort": 3, "x": 1}'])  # fmt: skip
+def test_a_damaged_state_is_put_aside_and_old_announcements_stay_refused(channel: Channel, damage: bytes) -> None:
+    robot = channel.robot()
+    for _ in range(2):
+        channel.publish()
+        robot.poll()
+        robot.activate_at_boundary()
+    old = channel.source.announcements("learning", 0)
     root = channel.home / "robots" / "r0"
-    root.mkdir(parents=True)
-    (root / "state.json").write_text("[]")
-    with pytest.raises(UntrustedPolicyError, match=r"state\.json"):
-        channel.robot()
+    (root / "state.json").write_bytes(damage)
+    replaying = PolicySubscriber(root, "learning", Replaying(channel, old), channel.trust)
+    assert versions(replaying) == (None, None) and (root / "state.damaged").read_bytes() == damage
+    with pytest.raises(UntrustedPolicyError, match="replay"):
+        replaying.poll()
+    channel.publish()
+    assert channel.robot().poll() == 3  # a new announcement is taken
 
 
 def test_publishing_needs_a_whole_bundle(channel: Channel) -> None:

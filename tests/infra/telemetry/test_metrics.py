@@ -373,6 +373,7 @@ def test_robots_as_they_were_last_heard_of(tmp_path: Path) -> None:
         'lwd_robot_episodes{robot="r1"}': 1,
         'lwd_robot_active_policy_version{robot="r0"}': 3,
         'lwd_robot_policy_refused{robot="r0"}': 1,
+        'lwd_robot_hold{robot="r0"}': 0,
         'lwd_robot_spool_bytes{robot="r0"}': 30,
         'lwd_robot_spool_limit_bytes{robot="r0"}': 100,
         'lwd_robot_spool_episodes{robot="r0"}': 2,

@@ -15,20 +15,20 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Respons
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from infra.catalog import Catalog
 from infra.edge.server import RefusedError
-from infra.errors import (
-    CorruptDataError,
-)
+from infra.errors import CorruptDataError
 from infra.objects import ObjectStore
 from infra.service import observe
 from infra.service.answers import ForeignError, answer, install
-from infra.service.auth import Identity, Tokens
+from infra.service.auth import TOKEN, EndedError, Identity, Tokens
 from infra.service.backend import Backend
 from infra.service.desk import Desk
-from infra.service.limits import Backpressure, LaterError, RobotLimits
+from infra.service.gate import Gate
+from infra.service.limits import Backpressure, LaterError, RobotLimits, Strangers
 from infra.service.models import (
     Announced,
     Announcements,
@@ -45,6 +45,7 @@ from infra.service.models import (
     Uploaded,
 )
 from infra.settings import Settings
+from infra.telemetry import metrics
 
 UNSETTLED_MAX = 2000
 _VERIFIERS = 4  # commits at work; each reads its episodes back from the store
@@ -57,14 +58,14 @@ class Service:
 
     def __init__(self, settings: Settings, catalog: Catalog, objects: ObjectStore, unsettled_max: int) -> None:
         self.backend = Backend(catalog, objects)
-        self.tokens = Tokens(catalog)
+        self._tokens = Tokens(catalog)
+        self._strangers = Strangers()
         self.limits = RobotLimits(settings.robot_episodes_per_min, settings.robot_mib_per_min)
         backpressure = Backpressure(catalog, unsettled_max)
         self.desk = Desk(self.backend, self.limits, backpressure, settings.home / "service")
         self.verifiers = ThreadPoolExecutor(_VERIFIERS, "verify")
         self.commits = 0
         self._health: tuple[float, dict[str, bool]] = (float("-inf"), {})
-        self._complained_at = float("-inf")
 
     def health(self) -> dict[str, bool]:
         """As of now or a second ago: who asks needs no token."""
@@ -74,12 +75,48 @@ class Service:
             self._health = (time.monotonic(), found)
         return found
 
-    def complain(self, error: RefusedError, request: Request) -> None:
-        """Log a refused credential; at most one a second, whoever knocks."""
-        if time.monotonic() - self._complained_at > 1.0:
-            self._complained_at = time.monotonic()
-            client = request.client.host if request.client else "?"
-            _log.warning("refused: %s", error.problem, extra={"fields": {"client": client}})
+    def remembers(self, headers: Headers) -> bool:
+        """See `infra.service.gate.Doorkeeper`."""
+        try:
+            token = _token(headers)
+            return not token or not TOKEN.fullmatch(token) or self._tokens.remembered(token) is not None
+        except RefusedError:
+            return True
+
+    def identify(self, headers: Headers, address: str) -> Identity:
+        """The robot that the token names; what it calls itself counts only as a check of its configuration.
+
+        Raises:
+            RefusedError, ForeignError, LaterError: it has no valid token, another's, or asks too much.
+        """
+        token = _token(headers)
+        try:
+            identity = self._tokens.verify(token, lambda: self._strangers.check(address))
+        except LaterError:
+            metrics.TOKENS_REFUSED.inc(reason="throttled")
+            raise
+        except RefusedError as error:
+            ended = isinstance(error, EndedError)
+            metrics.TOKENS_REFUSED.inc(reason="ended" if ended else "unknown" if token else "none")
+            if token and not ended:
+                self._strangers.failed(address)
+            _log.warning("refused: %s", error.problem, extra={"fields": {"client": address}})
+            raise
+        said = (("LWD-Robot", identity.robot_id, "robot"), ("LWD-Cohort", identity.cohort, "cohort"))
+        for name, own, what in said:
+            if headers.get(name, own) != own:
+                raise ForeignError(
+                    f"the token is of {what} {own}, the request says {what} {headers[name][:64]!r}",
+                    f"give each robot its own token, enrolled for its {what}",
+                )
+        self.limits.request(identity.robot_id)
+        return identity
+
+
+def _token(headers: Headers) -> str | None:
+    """What the request shows as its token."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
 
 
 def _service(request: Request) -> Service:
@@ -92,24 +129,14 @@ _bearer = HTTPBearer(auto_error=False, description="a robot's token, from `lwd r
 
 def _caller(
     request: Request,
-    service: Annotated[Service, Depends(_service)],
-    token: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
-    lwd_robot: Annotated[str | None, Header(description="if given, must be the token's robot")] = None,
-    lwd_cohort: Annotated[str | None, Header(description="if given, must be the token's cohort")] = None,
+    _token: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    _robot: Annotated[str | None, Header(alias="LWD-Robot", description="if given, must be the token's robot")] = None,
+    _cohort: Annotated[
+        str | None, Header(alias="LWD-Cohort", description="if given, must be the token's cohort")
+    ] = None,
 ) -> Identity:
-    """The robot that the token names; what it calls itself counts only as a check of its configuration."""
-    try:
-        identity = service.tokens.verify(token.credentials if token else None)
-    except RefusedError as error:
-        service.complain(error, request)
-        raise
-    for said, own, what in ((lwd_robot, identity.robot_id, "robot"), (lwd_cohort, identity.cohort, "cohort")):
-        if said is not None and said != own:
-            raise ForeignError(
-                f"the token is of {what} {own}, the request says {what} {said[:64]!r}",
-                f"give each robot its own token, enrolled for its {what}",
-            )
-    service.limits.request(identity.robot_id)
+    """The robot that the token names, as the gate has found it before the body was read."""
+    identity: Identity = request.state.robot
     return identity
 
 
@@ -259,6 +286,7 @@ def make_app(
     app.include_router(v1)
     app.include_router(_health_router)
     install(app)
+    app.add_middleware(Gate, keeper=service)
     observe.install(app, settings)
     return app
 

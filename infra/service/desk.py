@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import cast
 
 from infra.crashpoints import crashpoint
-from infra.edge.server import Status, to_wire
+from infra.edge.server import Status
 from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
 from infra.ingest import Claim
 from infra.objects import PresigningStore, incoming_key
+from infra.service.answers import said
 from infra.service.auth import Identity
 from infra.service.backend import Backend
 from infra.service.limits import Backpressure, LaterError, RobotLimits, over_rate
@@ -180,7 +181,7 @@ class Desk:
 
 def problem(error: LwdError) -> Problem:
     """An error as an answer."""
-    return Problem(**to_wire(error))
+    return Problem(**said(error))
 
 
 def _claim(robot: Identity, item: Offered, meta: dict[str, object]) -> Claim:

@@ -44,7 +44,7 @@ def test_requests_are_counted_by_route(served: Served) -> None:
     assert shown(served, "lwd_http_requests") == {
         'lwd_http_requests_total{route="/v1/announcements",status="200"}': 1,
         'lwd_http_requests_total{route="/v1/policies/objects/{digest}/{name}",status="404"}': 1,
-        'lwd_http_requests_total{route="/v1/announcements",status="401"}': 1,
+        'lwd_http_requests_total{route="none",status="401"}': 1,  # refused at the gate, before there is a route
         'lwd_http_requests_total{route="none",status="404"}': 1,
     }
     assert shown(served, "lwd_http_request_seconds")['lwd_http_request_seconds_count{route="/metrics"}'] >= 1

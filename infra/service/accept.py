@@ -18,7 +18,7 @@ SWEEP_S = 0.5
 _PAUSE_S = 0.2  # after there was no descriptor
 _TLS_GOODBYE_S = 2.0
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_KEPT_MAX = 256  # descriptors for files and for the connections to catalog and store
+_KEPT_MIN, _KEPT_MAX = 48, 256  # descriptors for files and for the connections to catalog and store
 
 
 def connections_that_fit(wanted: int) -> int:
@@ -30,7 +30,7 @@ def connections_that_fit(wanted: int) -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted
-    return max(1, min(wanted, soft - min(_KEPT_MAX, soft // 2)))
+    return max(1, min(wanted, soft - min(_KEPT_MAX, max(_KEPT_MIN, soft // 2))))
 
 
 class Acceptor:
@@ -82,6 +82,7 @@ class Acceptor:
             guest.abort = task.cancel
             self._greetings.add(task)
             task.add_done_callback(self._greetings.discard)
+            await asyncio.sleep(0)  # sock_accept does not yield while there is a queue, and what was ended must end
 
     async def _greet(self, came: socket.socket, guest: Guest) -> None:
         connection = self._make(guest)

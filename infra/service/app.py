@@ -83,6 +83,10 @@ class Service:
         except RefusedError:
             return True
 
+    def look_again(self, age_s: float) -> None:
+        """See `infra.service.gate.Doorkeeper`."""
+        self._tokens.look_again(age_s)
+
     def identify(self, headers: Headers, address: str) -> Identity:
         """The robot that the token names; what it calls itself counts only as a check of its configuration.
 

@@ -72,7 +72,8 @@ class Tokens:
         self._cache_s = cache_s
         # sha256 of a whole token -> whose it is, or how it ended; believed until when
         self._judged: dict[bytes, tuple[Identity | EndedError, float]] = {}
-        self._digests: dict[str, str] | None = None  # by token id, of the tokens that the catalog had
+        self._digests: dict[str, str] | None = None  # by token id, of the newest valid tokens that the catalog had
+        self._looked_at = float("-inf")
         self._lock = threading.Lock()
 
     def enrol(self, robot_id: str, cohort: str, *, days: float, actor: str) -> str:
@@ -154,7 +155,9 @@ class Tokens:
         if (identity := self.remembered(token)) is not None:
             return identity
         token_id, secret = parts.groups()
-        if (known := self._known().get(token_id)) is None:
+        if self._digests is None:
+            self.look_again(0.0)
+        if (known := (self._digests or {}).get(token_id)) is None:
             may_ask()
         elif not hmac.compare_digest(_digest(secret), known):
             raise RefusedError(_UNKNOWN, _ENROL)
@@ -187,24 +190,25 @@ class Tokens:
             raise EndedError(found.problem, found.fix)
         return found
 
-    def _known(self) -> dict[str, str]:
-        """Digests of the newest tokens that were valid when first asked for one, and of those seen since."""
-        if self._digests is None:
-            columns = (robot_tokens.c.token_id, robot_tokens.c.sha256)
-            query = sa.select(*columns).where(robot_tokens.c.revoked_at.is_(None))
-            with self._catalog.read() as connection:
-                valid = query.where(robot_tokens.c.expires_at > dialect.now(connection))
-                found = connection.execute(valid.order_by(robot_tokens.c.created_at.desc()).limit(_KNOWN))
-                self._digests = {row.token_id: row.sha256 for row in found}
-        return self._digests
+    def look_again(self, age_s: float) -> None:
+        """Know of all valid tokens that the catalog had `age_s` ago, or later. One query, whoever asks how often."""
+        with self._lock:
+            if time.monotonic() - self._looked_at < age_s:
+                return
+            self._looked_at = time.monotonic()
+        columns = (robot_tokens.c.token_id, robot_tokens.c.sha256)
+        query = sa.select(*columns).where(robot_tokens.c.revoked_at.is_(None))
+        with self._catalog.read() as connection:
+            valid = query.where(robot_tokens.c.expires_at > dialect.now(connection))
+            found = connection.execute(valid.order_by(robot_tokens.c.created_at.desc()).limit(_KNOWN))
+            self._digests = {row.token_id: row.sha256 for row in found}
 
     def _look_up(self, token_id: str, secret: str) -> Identity:
         with self._catalog.read() as connection:
             at = dialect.now(connection)
             row = connection.execute(sa.select(robot_tokens).where(robot_tokens.c.token_id == token_id)).first()
-        known = self._known()
-        if row is not None and len(known) < _KNOWN:
-            known[token_id] = row.sha256
+        if row is not None and self._digests is not None and len(self._digests) < _KNOWN:
+            self._digests[token_id] = row.sha256
         # An unknown id takes as long as a wrong secret.
         same = hmac.compare_digest(_digest(secret), row.sha256 if row is not None else "0" * 64)
         if row is None or not same:

@@ -22,8 +22,7 @@ ANSWER_S = 600.0  # for the service's own work
 LINGER_S = 2.0  # for a robot to read why it was refused, while what it still sends is thrown away
 SHORT_S = 5.0  # how long the service says that it is short of descriptors, after it last was
 PER_ROBOT = 16
-_SETTLED_S = 5.0  # a stranger's request at work for longer makes room, too
-_WAITING = ("handshake", "head", "linger")
+_WAITING = ("handshake", "head", "idle", "linger")
 _log = logging.getLogger("lwd.service.door")
 
 Stage = Literal["handshake", "head", "body", "answer", "idle", "linger"]
@@ -134,13 +133,11 @@ class Door:
         return [*self._strangers, *(guest for mine in self._robots.values() for guest in mine)]
 
     def _make_room(self, strangers: Iterable[Guest], reason: str) -> bool:
-        """End the oldest stranger's connection that waits, or one that has been at work for long."""
-        late = time.monotonic() - _SETTLED_S
-        for guest in strangers:
-            if guest.stage in _WAITING or guest.stage == "idle" or guest.since < late:
-                self._end(guest, reason)
-                return True
-        return False
+        """End the oldest stranger's connection that waits, or the oldest."""
+        found = next((guest for guest in strangers if guest.stage in _WAITING), next(iter(strangers), None))
+        if found is not None:
+            self._end(found, reason)
+        return found is not None
 
     def _end_idle(self) -> bool:
         idle = [guest for mine in self._robots.values() for guest in mine if guest.stage == "idle"]

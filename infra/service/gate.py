@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 from starlette.concurrency import run_in_threadpool
@@ -13,11 +14,12 @@ from infra.errors import LwdError
 from infra.service import strict_json
 from infra.service.answers import explain
 from infra.service.auth import Identity
-from infra.service.limits import LaterError
+from infra.service.limits import LaterError, ThrottledError
 from infra.service.wire import Connection
 
 PRIVATE = "/v1/"  # below it nothing is answered without a token
 OBJECTS = "/v1/objects/"  # whose bodies are no JSON
+GUESS_S = 0.5
 
 
 class Doorkeeper(Protocol):
@@ -28,6 +30,9 @@ class Doorkeeper(Protocol):
 
     def identify(self, headers: Headers, address: str) -> Identity:
         """The robot whose token the request has; raises an LwdError for the answer that it gets instead."""
+
+    def look_again(self, age_s: float) -> None:
+        """See `infra.service.auth.Tokens.look_again`."""
 
 
 class Gate:
@@ -55,6 +60,7 @@ class Gate:
                         return  # it went
                     strict_json.check(body)
         except LwdError as error:
+            exchange.is_last = True
             await explain(Request(scope), error)(scope, receive, exchange.send)
             return
         await self._app(scope, exchange.receive, exchange.send)
@@ -67,7 +73,7 @@ class Gate:
             if self._keeper.remembers(headers):
                 robot = self._keeper.identify(headers, address)
             else:
-                robot = await run_in_threadpool(self._keeper.identify, headers, address)
+                robot = await self._ask(headers, address)
         except LwdError as error:
             if connection is not None and not isinstance(error, LaterError):
                 connection.door.identify(connection.guest, None)
@@ -76,6 +82,15 @@ class Gate:
             problem = f"robot {robot.robot_id} has too many requests at work"
             raise LaterError(problem, "wait for the answers; give each robot its own token", 429, 1.0)
         return robot
+
+    async def _ask(self, headers: Headers, address: str) -> Identity:
+        """Where too many guess, each waits, until one look at the catalog has told the new robots from all of them."""
+        try:
+            return await run_in_threadpool(self._keeper.identify, headers, address)
+        except ThrottledError:
+            await asyncio.sleep(GUESS_S)
+            await run_in_threadpool(self._keeper.look_again, GUESS_S)
+            return await run_in_threadpool(self._keeper.identify, headers, address)
 
 
 class _Exchange:
@@ -87,6 +102,7 @@ class _Exchange:
         said = Headers(scope=scope).get("content-length", "0")
         self.expects_body = said.isdigit() and int(said) > 0
         self._unread = self.expects_body
+        self.is_last = False  # the connection ends with the answer
 
     async def read(self) -> bytes | None:
         """The whole body, of which the head has said that it is short; None if the other side went."""
@@ -111,6 +127,6 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         """As ASGI's; an answer to a request that was not read whole is the connection's last."""
-        if message["type"] == "http.response.start" and self._unread:
+        if message["type"] == "http.response.start" and (self._unread or self.is_last):
             message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
         await self._send(message)

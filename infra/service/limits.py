@@ -120,6 +120,10 @@ class RobotLimits:
         return self._buckets[key]
 
 
+class ThrottledError(LaterError):
+    """Too much is asked about tokens of which nothing is known."""
+
+
 class Strangers:
     """How often one address may ask about tokens of which nothing is known: what fails costs ever longer pauses.
 
@@ -135,14 +139,16 @@ class Strangers:
 
     def check(self, address: str) -> None:
         """Raises:
-        LaterError: too much failed from there, or all addresses together ask too much.
+        ThrottledError: too much failed from there, or all addresses together ask too much.
         """
         with self._lock:
             failures, at = self._failed.get(address, (0, 0.0))
             pause = 0.0 if failures < _FREE_FAILURES else min(_PAUSE_MAX_S, 2.0 ** min(failures - _FREE_FAILURES, 16))
             wait = max(at + pause - self._clock(), 0.0) or self._asked.take(1)
         if wait > 0:
-            raise LaterError("too many requests came with unknown tokens", "wait, and use a robot's token", 429, wait)
+            raise ThrottledError(
+                "too many requests came with unknown tokens", "wait, and use a robot's token", 429, wait
+            )
 
     def failed(self, address: str) -> None:
         """A token from there was unknown."""

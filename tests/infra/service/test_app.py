@@ -22,8 +22,8 @@ from infra.episode import encode
 from infra.events.outbox import OutboxLog
 from infra.objects.directory import DirectoryStore
 from infra.service import limits
-from infra.service.head import MAX_JSON_BYTES
 from infra.service.auth import Tokens
+from infra.service.head import MAX_JSON_BYTES
 
 DATA = [encode(example_episode(number)) for number in range(4)]
 IDS = [f"{number:032x}" for number in range(4)]

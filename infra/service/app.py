@@ -28,6 +28,7 @@ from infra.service.auth import TOKEN, EndedError, Identity, Tokens
 from infra.service.backend import Backend
 from infra.service.desk import Desk
 from infra.service.gate import Gate
+from infra.service.incoming import Incoming
 from infra.service.limits import Backpressure, LaterError, RobotLimits, Strangers
 from infra.service.models import (
     Announced,
@@ -44,7 +45,7 @@ from infra.service.models import (
     Statuses,
     Uploaded,
 )
-from infra.settings import Settings
+from infra.settings import MIB, Settings
 from infra.telemetry import metrics
 
 UNSETTLED_MAX = 2000
@@ -62,7 +63,8 @@ class Service:
         self._strangers = Strangers()
         self.limits = RobotLimits(settings.robot_episodes_per_min, settings.robot_mib_per_min)
         backpressure = Backpressure(catalog, unsettled_max)
-        self.desk = Desk(self.backend, self.limits, backpressure, settings.home / "service")
+        incoming = Incoming(objects, settings.robot_incoming_mib * MIB)
+        self.desk = Desk(self.backend, self.limits, backpressure, incoming, settings.home / "service")
         self.verifiers = ThreadPoolExecutor(_VERIFIERS, "verify")
         self.commits = 0
         self._health: tuple[float, dict[str, bool]] = (float("-inf"), {})
@@ -178,7 +180,9 @@ async def put_object(key: str, request: Request, robot: Robot, service: Shared) 
     began, length = time.monotonic(), int(request.headers["content-length"])
     service.desk.check_put(robot, key, length)
     try:
-        await service.desk.receive(request.stream(), lambda path: run_in_threadpool(service.desk.put, key, path))
+        await service.desk.receive(
+            request.stream(), length, lambda path: run_in_threadpool(service.desk.put, key, path)
+        )
     except ClientDisconnect:
         return Response(status_code=400)
     _say("put", robot, began, bytes=length)

@@ -78,7 +78,8 @@ INGEST_EPISODE_BYTES = Histogram(
 )
 THROTTLED = Counter(
     "lwd_ingest_throttled_total",
-    "Requests sent away to come back later; kind: backpressure (of the whole service), quota (of the robot).",
+    "Requests sent away to come back later; kind: backpressure (of the whole service), quota (of the robot),"
+    " incoming (it has uploaded too much that it has not committed).",
     by="service",
     labels=("robot", "kind"),
 )

@@ -147,7 +147,7 @@ class Door:
         return True
 
     def _end(self, guest: Guest, reason: str) -> None:
-        metrics.CONNECTIONS_ENDED.inc(reason=reason)
+        metrics.CONNECTIONS_ENDED.inc(kind=reason)
         self.leave(guest)
         guest.abort()
 

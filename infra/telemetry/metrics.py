@@ -89,19 +89,19 @@ CONNECTIONS = Gauge(
 )  # fmt: skip
 CONNECTIONS_ENDED = Counter(
     "lwd_connections_ended_total",
-    "Connections that the service ended; reason: head, body, unread, answer, idle, linger (a deadline), address, full,"
+    "Connections that the service ended; kind: head, body, unread, answer, idle, linger (a deadline), address, full,"
     " robot, descriptors (no room).",
     by="service",
-    labels=("reason",),
+    labels=("kind",),
 )
 DESCRIPTORS_SHORT = Gauge(
     "lwd_descriptors_short", "1 while the service has run out of file descriptors, else 0.", by="service"
 )
 TOKENS_REFUSED = Counter(
     "lwd_tokens_refused_total",
-    "Requests without a valid token; reason: none, unknown, ended (expired or revoked), throttled.",
+    "Requests without a valid token; kind: none, unknown, ended (expired or revoked), throttled.",
     by="service",
-    labels=("reason",),
+    labels=("kind",),
 )
 CERTIFICATE_EXPIRES = Gauge(
     "lwd_certificate_expires_timestamp_seconds", "When the ingest service's TLS certificate ends.", by="service"

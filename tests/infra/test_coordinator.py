@@ -337,7 +337,6 @@ def test_the_share_counts_once_enough_robots_are_seen(plane: Plane, monkeypatch:
     drain(at_work)  # 6 of 10 already; a's next would be the 7th of 11, and so on; the last is the 7th of 17
     assert {stage for stage, _ in held(plane).values()} == {"influence"}
     assert members(plane) == set(range(18)) - {10, 11}
-    drain(coordinator(plane, **own))  # who counts anew comes to the same
     plane.submit(example_episode(18, robot="a"))
     drain(at_work)
     assert 18 in members(plane)

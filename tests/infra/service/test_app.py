@@ -15,7 +15,7 @@ from invariants import assert_i7_kept, digest, example_episode
 from jsonschema import Draft202012Validator
 from serving import Served, serving
 
-from infra.catalog.schema import episodes, measurements, outbox, robots
+from infra.catalog.schema import episodes, measurements, outbox, policies, robots
 from infra.coordinator import Coordinator
 from infra.edge.server import MAX_BATCH
 from infra.episode import encode
@@ -62,6 +62,12 @@ def upload(served: Served, token: str, number: int, data: bytes | None = None) -
 def rows(served: Served) -> list[sa.Row[Any]]:
     with served.plane.catalog.read() as connection:
         return list(connection.execute(sa.select(episodes).order_by(episodes.c.episode_id)))
+
+
+def a_policy(served: Served, version: int) -> None:
+    row = {"version": version, "snapshot_version": 0, "bundle_key": "", "manifest_sha256": "", "status": "candidate"}
+    with served.plane.catalog.begin() as connection:
+        connection.execute(sa.insert(policies).values(**row, created_at=0.0))
 
 
 # --- the way of an episode --------------------------------------------------------------------------------------------
@@ -389,10 +395,18 @@ def test_a_heartbeat_and_a_measurement_are_the_tokens_robots(served: Served) -> 
         assert connection.execute(sa.select(measurements)).all() == []
     assert (row.robot_id, row.cohort, row.active_version, row.episodes) == ("a", "canary", 3, 7)
     assert row.details["spool_bytes"] == 10 and "new" not in row.details
-    served.ask("POST", "/v1/measurements", token, measured | {"since": row.last_seen - 2.0})
+    measured |= {"since": row.last_seen - 2.0}
+    status, answer, _ = served.ask("POST", "/v1/measurements", token, measured)
+    assert status == 422 and "no policy 3" in answer["problem"]
+    a_policy(served, 3)
+    assert served.ask("POST", "/v1/measurements", token, measured)[0] == 204
     with served.plane.catalog.read() as connection:
         (found,) = connection.execute(sa.select(measurements)).all()
     assert (found.subject, found.name, found.version) == ("a", "publish_to_active_s", 3) and found.value >= 2.0
+    for _ in range(20):
+        assert served.ask("POST", "/v1/measurements", token, measured)[0] == 204
+    with served.plane.catalog.read() as connection:
+        assert len(connection.execute(sa.select(measurements)).all()) == 8, "rows of one robot are bounded"
     assert served.ask("POST", "/v1/measurements", token, measured | {"name": "anything"})[0] == 422
     assert served.ask("POST", "/v1/heartbeat", token, beat | {"active_version": 2**40})[0] == 422
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from infra.episode import EPISODE_ID
 from infra.errors import ConfigError, UnavailableError
@@ -78,6 +78,13 @@ class PresigningStore(ObjectStore, Protocol):
 
     def presign_get(self, key: str, seconds: float) -> str:
         """A URL for GETs of `key`."""
+
+
+class OpeningStore(ObjectStore, Protocol):
+    """A store whose objects are files at hand."""
+
+    def open(self, key: str) -> BinaryIO:
+        """The object, to be read and closed; CorruptDataError if there is none."""
 
 
 def checked_key(key: str) -> str:

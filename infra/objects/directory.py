@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from infra.crashpoints import crashpoint
 from infra.errors import CorruptDataError, StorageFullError, UnavailableError
@@ -63,6 +64,9 @@ class DirectoryStore:
     def get(self, key: str) -> bytes:
         with self._open(key) as handle, _explained(self._path(key)):
             return handle.read()
+
+    def open(self, key: str) -> BinaryIO:
+        return self._open(key)
 
     @metered
     def exists(self, key: str) -> bool:

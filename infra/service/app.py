@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response, Security
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -52,6 +53,7 @@ from infra.telemetry import metrics
 
 UNSETTLED_MAX = 2000
 _VERIFIERS = 4  # commits at work; each reads its episodes back from the store
+_BLOCK = 2**17
 _COMMITS_MAX = 64  # commits at work or waiting for one
 _log = logging.getLogger("lwd.service")
 
@@ -319,7 +321,15 @@ def _download(service: Service, key: Any) -> Response:
     headers = {"Cache-Control": "no-store"}
     if isinstance(found, str):
         return RedirectResponse(found, 307, headers)
-    return Response(found, media_type="application/octet-stream", headers=headers)
+    headers["Content-Length"] = str(os.fstat(found.fileno()).st_size)
+    return StreamingResponse(_blocks(found), media_type="application/octet-stream", headers=headers)
+
+
+def _blocks(source: BinaryIO) -> Iterator[bytes]:
+    """The file's bytes, a block in memory at a time, whoever reads how slowly."""
+    with source:
+        while block := source.read(_BLOCK):
+            yield block
 
 
 def _bytes(episodes: list[Uploaded]) -> int:

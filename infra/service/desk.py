@@ -8,13 +8,13 @@ import re
 import uuid
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 from infra.crashpoints import crashpoint
 from infra.edge.server import Status
 from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
 from infra.ingest import Claim
-from infra.objects import PresigningStore, permitted_key
+from infra.objects import OpeningStore, PresigningStore, permitted_key
 from infra.service.answers import said
 from infra.service.auth import Identity
 from infra.service.backend import Backend
@@ -173,11 +173,11 @@ class Desk:
             raise
         crashpoint("service.uploaded")
 
-    def download(self, key: str) -> str | bytes:
-        """A URL for `key`, where the store gives URLs; else its bytes. CorruptDataError if there is none."""
+    def download(self, key: str) -> str | BinaryIO:
+        """A URL for `key`, where the store gives URLs; else the object, open. CorruptDataError if there is none."""
         if self._presigning:
             return cast(PresigningStore, self._backend.objects).presign_get(key, PERMIT_S)
-        return self._backend.objects.get(key)
+        return cast(OpeningStore, self._backend.objects).open(key)
 
     def _grant(self, claim: Claim) -> str | None:
         """The key of a permit. Where there is no room, permits that were used at another service make some."""

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from infra.edge.server import to_wire
 from infra.errors import ConfigError, LwdError
-from infra.service.door import Door, Guest
+from infra.service.door import MIN_BYTES_PER_S, Door, Guest
 from infra.service.head import END, MAX_HEAD_BYTES, HeadError, read_head
 from infra.telemetry import metrics
 
@@ -70,7 +70,7 @@ class Connection(H11Protocol):
         self._left = 0  # bytes of the request's body that have not come
         self._more = False  # something came after the request, before it was answered
         self._thrown_away = 0
-        self._answered_bytes = 0
+        self._drained_before = 0
 
     # Of asyncio
 
@@ -134,16 +134,20 @@ class Connection(H11Protocol):
             self.guest.enter("idle")
 
     def look(self, seconds: float) -> None:
-        """Count the time in which the other side could have sent or read more; every so many `seconds`."""
+        """Count the time in which the other side could have sent or read more; every so many `seconds`.
+
+        Who is ahead of the least rate begins anew: a burst buys no silence afterwards.
+        """
         guest = self.guest
         if guest.stage == "body" and not self.flow.read_paused:
             guest.owed_s += seconds
+            if guest.received >= guest.owed_s * MIN_BYTES_PER_S:
+                guest.owed_s = guest.received = 0.0
         waiting = self._real.get_write_buffer_size()
-        if waiting:
-            guest.unread_s += seconds
-            guest.drained = self._out.written - waiting - self._answered_bytes
-        else:
-            guest.unread_s, guest.drained, self._answered_bytes = 0.0, 0.0, self._out.written
+        guest.unread_s += seconds
+        guest.drained = self._out.written - waiting - self._drained_before
+        if not waiting or guest.drained >= guest.unread_s * MIN_BYTES_PER_S:
+            guest.unread_s, guest.drained, self._drained_before = 0.0, 0.0, self._out.written - waiting
 
     def _take_head(self, data: bytes) -> None:
         if not self._head and self.guest.stage == "idle":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import resource
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from hostile import close, closed_within, connect, flood, head, memory_mib, said, silent, size_of, status
+from hostile import close, closed_within, connect, flood, head, memory_mib, said, self_signed, silent, size_of, status
 from invariants import digest
-from serving import Process
+from serving import Process, serving
 from waiting import wait_until
 
 from infra.edge.server import Upload
@@ -189,6 +191,43 @@ def test_who_is_silent_or_drips_is_sent_away(service: Process) -> None:
     assert all(closed_within(sock, 15) for sock in waiting)
     assert closed_within(body[0], 25)
     close(waiting + body)
+
+
+def test_robots_that_do_not_read_fill_no_memory_and_are_sent_away(service: Process) -> None:
+    token, name = service.served.enrol("deaf"), "a" * 64
+    service.plane.objects.put(f"policies/bases/{name}/base.safetensors", bytes(2**26))
+    ask = head("GET", f"/v1/policies/bases/{name}", token=token)
+    before, kept = memory_mib(pid(service)), []
+    for _ in range(10):
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", service.port))
+        sock.sendall(ask)
+        kept.append(sock)
+    honest_works(service, 1)
+    assert service.served.ask("GET", f"/v1/policies/bases/{name}", service.served.enrol("r1"))[1] == bytes(2**26)
+    assert memory_mib(pid(service)) < before + 60
+    wait_until(lambda: _held(service) <= 2, seconds=40)
+    close(kept)
+
+
+def test_greetings_that_never_end_make_room_for_robots(tmp_path: Path) -> None:
+    """TLS: a connection is counted, and has its deadline, from its first packet on."""
+    pem = self_signed(tmp_path)
+    with serving(tmp_path / "home", ingest_cert=pem, ingest_key=pem, ingest_connections=40) as served:
+        kept = silent(served.url, 200) + silent(served.url, 50, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        robot = served.robot("r0", ca=pem)
+        assert robot.announcements("learning", 0) == []
+        kept += silent(served.url, 100)
+        assert robot.announcements("learning", 0) == []
+        assert all(closed_within(sock, 20) for sock in kept[-3:])
+        close(kept)
+
+
+def _held(service: Process) -> int:
+    """Connections that the service holds."""
+    found = psutil.Process(pid(service)).net_connections("tcp")
+    return sum(one.status == psutil.CONN_ESTABLISHED for one in found)
 
 
 def test_64_robots_of_one_address_are_served(service: Process) -> None:

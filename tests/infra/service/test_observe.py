@@ -61,6 +61,8 @@ def test_metrics_are_shown_to_this_machine_only(served: Served) -> None:
     for host, status in (("127.0.0.1", 200), ("::1", 200), ("192.0.2.7", 404), ("2001:db8::1", 404)):
         request = Request({"type": "http", "client": (host, 1), "headers": []})
         assert observe.show(request).status_code == status, host
+    proxied = Request({"type": "http", "client": ("127.0.0.1", 1), "headers": [(b"x-forwarded-for", b"192.0.2.7")]})
+    assert observe.show(proxied).status_code == 404
 
 
 def test_without_a_port_nothing_is_shown(tmp_path: Path) -> None:

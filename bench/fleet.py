@@ -113,11 +113,11 @@ class Fleet:
         raise UnavailableError(f"the service does not answer at {self.url}; the servers' logs end with\n{said}",
                                f"read {self.home / 'logs'}")  # fmt: skip
 
-    def enrol(self, count: int) -> None:
-        """Tokens for the robots `a0` to `a<count - 1>`."""
+    def enrol(self, count: int, others: Sequence[str] = ()) -> None:
+        """Tokens for the robots `a0` to `a<count - 1>`, and for others by name."""
         tokens = Tokens(self.catalog)
         self.robots.mkdir(parents=True, exist_ok=True)
-        names = [robot_name(number) for number in range(count)]
+        names = [*(robot_name(number) for number in range(count)), *others]
         made = {name: tokens.enrol(name, "learning", days=1, actor="benchmark") for name in names}
         self._tokens.write_text(json.dumps(made))
 

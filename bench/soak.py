@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import actors
+from bench import actors, hostile
 from bench.envelope import RESULTS, Envelope
 from bench.faults import Injector
 from bench.fleet import Fleet, sigterm_interrupts
@@ -89,7 +89,7 @@ def soak(folder: Path, options: argparse.Namespace) -> tuple[Verdict, dict[str, 
     injector = Injector(fleet, options.seed, options.every, only=options.only)
     try:
         fleet.start_processes(reconcile_s=5.0, grace_s=20.0, sweep_s=60.0)
-        fleet.enrol(options.actors)
+        fleet.enrol(options.actors, [hostile.hostile_name(number) for number in range(options.hostile)])
         each = ["--episodes", str(-(-options.episodes // options.actors)), "--seed", str(options.seed)]
         each += ["--breach", str(options.breach), "--pace", str(options.pace), "--poll", "0.5"]
         with Progress(*columns) as bar:
@@ -97,13 +97,14 @@ def soak(folder: Path, options: argparse.Namespace) -> tuple[Verdict, dict[str, 
             hosts = fleet.start_robots("actors", "bench.actors", options.actors, options.hosts, each)
             if options.every:
                 injector.start()
-            late = _drive(fleet, injector, watch, hosts, options)
+            late, hostile_at = _drive(fleet, injector, watch, hosts, options)
         wall = watch.now()
         restarts = fleet.supervisor.restarts
         fleet.supervisor.stop()
         damaged_late = injector.mend()
         log = operations(fleet.robots / actors.KIND)
         verdict = check(fleet.catalog, fleet.objects, log, fleet.home / "reader.jsonl")
+        fared = hostile.honest(fleet.catalog, hostile_at)
     finally:
         fleet.close()
     verdict.broken += late
@@ -116,17 +117,26 @@ def soak(folder: Path, options: argparse.Namespace) -> tuple[Verdict, dict[str, 
         "episodes_per_s": round(verdict.spooled / wall, 2),
         "run_s": round(wall, 1),
         "cpu_s": watch.cpu,
+        "hostile": options.hostile,
+        "honest": fared,
         "faults": injector.done,
         "progress": watch.progress,
     }
 
 
-def _drive(fleet: Fleet, injector: Injector, watch: Watch, hosts: list[str], options: argparse.Namespace) -> list[str]:
-    """Until the robots are done and all is settled; what did not come to rest in time."""
-    late = []
+def _drive(
+    fleet: Fleet, injector: Injector, watch: Watch, hosts: list[str], options: argparse.Namespace
+) -> tuple[list[str], float]:
+    """Until the robots are done and all is settled; what did not come to rest, and when hostile robots began."""
+    late, hostile_at = [], float("inf")
     end = options.minutes_max * 60
     while not all(fleet.supervisor.finished(name) for name in hosts):
         watch.look()
+        committed = watch.progress[-1]["committed"] if watch.progress else 0
+        if options.hostile and hostile_at == float("inf") and 2 * committed >= options.episodes:
+            hostile_at = time.time()  # half of the run is without them, to compare with
+            words = ["--seed", str(options.seed), "--only", *options.misdeeds]
+            fleet.start_robots(hostile.KIND, "bench.hostile", options.hostile, 1, words)
         if watch.now() > options.minutes_max * 60:
             (fleet.robots / "enough").touch()
         if watch.now() > end + _DRAIN_S:
@@ -135,11 +145,13 @@ def _drive(fleet: Fleet, injector: Injector, watch: Watch, hosts: list[str], opt
     injector.stop()
     end = watch.now() + _SETTLE_S
     while not watch.at_rest():
+        if hostile_at != float("inf"):
+            (fleet.robots / hostile.ENOUGH).touch()
         watch.look()
         if watch.now() > end:
             late.append(f"I1: not all is settled and read after {_SETTLE_S:.0f} s: {watch.progress[-1]}")
             break
-    return late
+    return late, hostile_at
 
 
 def _counts(fleet: Fleet) -> dict[str, int]:
@@ -173,6 +185,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=5.0, help="mean seconds between two faults; 0 for none")
     parser.add_argument("--only", nargs="*", default=[], help="kinds of faults; all if not given")
     parser.add_argument("--breach", type=float, default=0.01, help="share of episodes that break the contract")
+    parser.add_argument("--hostile", type=int, default=0, help="hostile robots, from half of the run on")
+    parser.add_argument("--misdeeds", nargs="*", default=[], help="theirs; all if not given")
     parser.add_argument("--minutes-max", type=float, default=100.0, help="then nothing more is recorded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/soak"))
@@ -194,7 +208,7 @@ def main(words: list[str] | None = None) -> int:
     envelope.write(options.out, results)
     figure(options.out.with_suffix(".svg"), results)
     shown = ("episodes", "in_snapshot", "quarantined_by_stage", "duplicates_in_snapshot", "unaccounted", "restarts",
-             "faults_injected", "faults_skipped", "episodes_per_s", "run_s", "cpu_s")  # fmt: skip
+             "faults_injected", "faults_skipped", "episodes_per_s", "run_s", "cpu_s", "honest")  # fmt: skip
     for name in shown:
         print(f"{name}: {results[name]}")
     for line in verdict.broken[:20]:

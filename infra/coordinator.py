@@ -57,6 +57,7 @@ class Coordinator:
         fetch_retries: tries to read an object before it is asked for again from its spool.
         influence_max: largest share of a snapshot that one robot may make up, once it has 100 episodes; an episode
             above it goes to quarantine, from where it can be released later. 1: no limit.
+        influence_robots: robots in a snapshot from which on that counts: of a few, one may well do most of the work.
         sleep: replaced in tests.
     """
 
@@ -72,6 +73,7 @@ class Coordinator:
         lease_s: float = 10.0,
         fetch_retries: int = 5,
         influence_max: float = 1.0,
+        influence_robots: int = 1,
         holder: str | None = None,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
@@ -79,7 +81,9 @@ class Coordinator:
         self._events = events
         self._examiner = Examiner(objects, check, batch_check=batch_check, fetch_retries=fetch_retries, sleep=sleep)
         self._micro_batch = micro_batch
-        self._influence_max = influence_max
+        self._influence_max, self._influence_robots = influence_max, influence_robots
+        self._members: tuple[Snapshot, dict[str, int]] | None = None  # of that snapshot, by robot
+        self._counted: dict[str, int] = {}
         self.lease = Lease(catalog, CONSUMER, lease_s, holder)
         self._renew_at = 0.0
         self._gauges = CatalogMetrics(catalog, relayed=events.name != OutboxLog.name, lag=lambda: events.lag(CONSUMER))
@@ -229,7 +233,9 @@ class Coordinator:
                 _quarantine(connection, verdict)
                 log.warning("quarantined %s: %s", verdict.event.episode_id, verdict.reasons)
         crashpoint("coordinator.quarantined")
-        return self._append(connection, [verdict for verdict in verdicts if verdict.accepted])
+        made = self._append(connection, [verdict for verdict in verdicts if verdict.accepted])
+        self._members = (made, self._counted)  # counted again where this is not what becomes the current snapshot
+        return made
 
     def _append(self, connection: sa.Connection, accepted: Sequence[Verdict]) -> Snapshot:
         writer = f"{self.lease.holder}#{self.lease.token}"
@@ -250,18 +256,22 @@ class Coordinator:
     def _refuse_influence(self, connection: sa.Connection, verdicts: Sequence[Verdict]) -> None:
         if self._influence_max >= 1.0:
             return
-        total, of_robot = current(connection).episodes, dict[str, int]()
+        snapshot = current(connection)
+        if self._members is None or self._members[0] != snapshot:
+            self._members = (snapshot, _members_of(connection))
+        total, of_robot = snapshot.episodes, dict(self._members[1])
+        self._counted = of_robot  # becomes `_members` with the snapshot that this batch makes
+        few = len(of_robot.keys() | {verdict.event.robot_id for verdict in verdicts}) < self._influence_robots
         for verdict in verdicts:
             if not verdict.accepted:
                 continue
             robot = verdict.event.robot_id
-            if robot not in of_robot:
-                of_robot[robot] = _members_of(connection, robot)
-            if total >= INFLUENCE_FROM and of_robot[robot] + 1 > self._influence_max * (total + 1):
-                share = f"{of_robot[robot] + 1} of {total + 1} episodes"
+            mine = of_robot.get(robot, 0) + 1
+            if total >= INFLUENCE_FROM and not few and mine > self._influence_max * (total + 1):
+                share = f"{mine} of {total + 1} episodes"
                 verdict.refuse("influence", "share", f"{robot} would make up {share}, above {self._influence_max:.0%}")
             else:
-                of_robot[robot], total = of_robot[robot] + 1, total + 1
+                of_robot[robot], total = mine, total + 1
 
 
 class _UndoneError(Exception):
@@ -282,15 +292,15 @@ def _quarantine(connection: sa.Connection, verdict: Verdict) -> None:
     dialect.insert_if_absent(connection, quarantine, values)
 
 
-def _members_of(connection: sa.Connection, robot_id: str) -> int:
-    """How many episodes of the current snapshot are the robot's."""
+def _members_of(connection: sa.Connection) -> dict[str, int]:
+    """How many episodes of the current snapshot are each robot's. Looks at all of them."""
     query = (
-        sa.select(sa.func.count())
-        .select_from(snapshot_episodes)
-        .join(episodes, episodes.c.episode_id == snapshot_episodes.c.episode_id)
-        .where(episodes.c.robot_id == robot_id, snapshot_episodes.c.removed.is_(None))
+        sa.select(episodes.c.robot_id, sa.func.count())
+        .join(snapshot_episodes, snapshot_episodes.c.episode_id == episodes.c.episode_id)
+        .where(snapshot_episodes.c.removed.is_(None))
+        .group_by(episodes.c.robot_id)
     )
-    return int(connection.execute(query).scalar_one())
+    return {robot: int(count) for robot, count in connection.execute(query)}
 
 
 def _name(event: Event) -> tuple[str, str]:
@@ -326,6 +336,7 @@ def _serve(options: argparse.Namespace, stop: threading.Event) -> None:
             lease_s=settings.lease_s,
             fetch_retries=settings.fetch_retries,
             influence_max=settings.influence_max,
+            influence_robots=settings.influence_robots,
         )
         while not stop.is_set():
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import contextlib
 import ctypes
 import importlib
 import io
@@ -15,9 +16,10 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from infra.errors import ConfigError, UnavailableError, shown
 from infra.unexpected import explained
@@ -25,6 +27,7 @@ from infra.unexpected import explained
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+_KINDS, _ERRORS = 1024, 0.05  # kinds of records that a FloodFilter tells apart; of errors fewer pass
 _SECRET = re.compile(
     r"(?i)((?:x-amz-(?:signature|credential|security-token)|password|secret|token)=)[^&\s'\"]+|(://[^:/@\s]+:)[^@\s]+(?=@)"
 )
@@ -142,11 +145,71 @@ class JsonLines(logging.Formatter):
         return redact(json.dumps({name: _capped(value) for name, value in entry.items()}, default=str))
 
 
-def log_to(folder: Path, name: str, level: int = logging.INFO) -> Path:
-    """Send this process's log to `<folder>/<name>.jsonl`, warnings to stderr too; returns the file."""
+class FloodFilter(logging.Filter):
+    """Lets so many records of one kind pass, and tells with the next one that passes how many it has left out.
+
+    A kind is a logger, a level and the beginning of the message before its arguments are filled in.
+
+    Args:
+        burst: records of one kind that pass at once; of errors, which may hold a traceback, a twentieth of it.
+        per_s: that pass in the long run; likewise.
+        clock: replaced in tests.
+    """
+
+    def __init__(self, burst: float, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._burst, self._per_s, self._clock = burst, per_s, clock
+        self._kinds: dict[tuple[str, int, str], tuple[float, float, int]] = {}  # level, when, and how many left out
+        self._lock = threading.Lock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not hasattr(record, "passes"):  # each handler asks, of the same record
+            record.__dict__["passes"] = self._judge(record)
+        return bool(getattr(record, "passes", True))
+
+    def _judge(self, record: logging.LogRecord) -> bool:
+        kind = (record.name, record.levelno, str(record.msg)[:32])
+        with self._lock:
+            if len(self._kinds) >= _KINDS and kind not in self._kinds:
+                self._kinds.clear()
+            now = self._clock()
+            share = _ERRORS if record.levelno >= logging.ERROR else 1.0
+            level, at, left_out = self._kinds.get(kind, (self._burst * share, now, 0))
+            level = min(self._burst * share, level + (now - at) * self._per_s * share)
+            if level < 1:
+                self._kinds[kind] = (level, now, left_out + 1)
+                return False
+            self._kinds[kind] = (level - 1, now, 0)
+        if left_out:
+            record.fields = {**getattr(record, "fields", {}), "left_out": left_out}
+        return True
+
+
+class _LogFile(logging.FileHandler):
+    """A log that goes on when its disk is full or gone; what could not be written is counted, not told of each time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._failed = 0
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._failed += 1
+        if self._failed & (self._failed - 1) == 0:  # the 1st, 2nd, 4th, 8th, …
+            with contextlib.suppress(OSError, ValueError):
+                print(f"{self.baseFilename}: {self._failed} log lines could not be written", file=sys.stderr)
+
+
+def log_to(folder: Path, name: str, level: int = logging.INFO, *, flood: FloodFilter | None = None) -> Path:
+    """Send this process's log to `<folder>/<name>.jsonl`, warnings to stderr too; returns the file.
+
+    Args:
+        flood: what is left out where others can make this process log.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
-    file, console = logging.FileHandler(path), logging.StreamHandler()
+    file, console = _LogFile(path), logging.StreamHandler()
+    for handler in (file, console) if flood is not None else ():
+        handler.addFilter(cast(logging.Filter, flood))
     file.setFormatter(JsonLines())
     console.setFormatter(_Line(f"{name}: %(levelname)s %(message)s"))
     console.setLevel(logging.WARNING)

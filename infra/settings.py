@@ -65,7 +65,13 @@ class Settings(BaseSettings):
     robot_token: SecretStr | None = Field(None, description="a robot's credential, from `lwd robots enrol`")
     robot_episodes_per_min: float = Field(60.0, gt=0, description="what one robot may commit, sustained")
     robot_mib_per_min: float = Field(2048.0, gt=0)
-    influence_max: float = Field(1.0, gt=0, le=1, description="largest share of a snapshot that one robot may make up")
+    robot_incoming_mib: float = Field(4096.0, gt=0, description="what one robot may have uploaded and not committed")
+    ingest_connections: int = Field(1024, gt=0, description="that the service holds at once")
+    ingest_connections_per_address: int = Field(
+        256, gt=0, description="of one address, that have shown no valid token: behind a proxy all robots have one"
+    )
+    influence_max: float = Field(0.5, gt=0, le=1, description="largest share of a snapshot that one robot may make up")
+    influence_robots: int = Field(5, gt=0, description="robots in a snapshot from which on `influence_max` counts")
     metrics_port: int | None = Field(
         None, description="first port for Prometheus; each process takes the next free one"
     )

@@ -355,4 +355,5 @@ measurements = Table(  # publish-to-active and any other number worth a percenti
     Column("value", Double, nullable=False),
     Column("at", Double, nullable=False),
     Index(None, "name", "at"),
+    Index(None, "subject", "version"),
 )

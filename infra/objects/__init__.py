@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from infra.episode import EPISODE_ID
 from infra.errors import ConfigError, UnavailableError
@@ -83,6 +83,13 @@ class PresigningStore(ObjectStore, Protocol):
         """A URL for GETs of `key`."""
 
 
+class OpeningStore(ObjectStore, Protocol):
+    """A store whose objects are files at hand."""
+
+    def open(self, key: str) -> BinaryIO:
+        """The object, to be read and closed; CorruptDataError if there is none."""
+
+
 def checked_key(key: str) -> str:
     """The key; ConfigError if a store could take it for a place outside itself, or for another key."""
     parts = key.split("/")
@@ -95,11 +102,21 @@ def checked_key(key: str) -> str:
 
 def incoming_key(robot_id: str, episode_id: str) -> str:
     """A fresh key for one upload, in the robot's own area; ConfigError if a name could leave it."""
+    return f"{_incoming(robot_id, episode_id)}-{uuid.uuid4().hex[:8]}.tar"
+
+
+def permitted_key(robot_id: str, episode_id: str, sha256: str) -> str:
+    """The one key for these bytes of a robot's episode, however often it uploads them; ConfigError likewise."""
+    episode_key(sha256)
+    return f"{_incoming(robot_id, episode_id)}-{sha256[:8]}.tar"
+
+
+def _incoming(robot_id: str, episode_id: str) -> str:
     if not ROBOT_ID.fullmatch(robot_id):
         raise ConfigError(f"robot id {robot_id!r} is not a plain name", "use letters, digits, '-', '_', '.', up to 64")
     if not EPISODE_ID.fullmatch(episode_id):
         raise ConfigError(f"episode id {episode_id!r} is not 32 lower-case hex digits", "make it with new_episode_id()")
-    return f"incoming/{robot_id}/{episode_id}-{uuid.uuid4().hex[:8]}.tar"
+    return f"incoming/{robot_id}/{episode_id}"
 
 
 def episode_key(sha256: str) -> str:

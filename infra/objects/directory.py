@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
+from typing import BinaryIO
 
 from infra.crashpoints import crashpoint
 from infra.errors import CorruptDataError, StorageFullError, UnavailableError
@@ -64,6 +65,9 @@ class DirectoryStore:
     def get(self, key: str) -> bytes:
         with self._open(key) as handle, _explained(self._path(key)):
             return handle.read()
+
+    def open(self, key: str) -> BinaryIO:
+        return self._open(key)
 
     @metered
     def exists(self, key: str) -> bool:

@@ -10,16 +10,18 @@ from pathlib import Path
 
 from infra.errors import ConfigError, LwdError
 from infra.plane import open_catalog, open_objects
-from infra.process import log_to, process_arguments, run_process
+from infra.process import FloodFilter, log_to, process_arguments, run_process
 from infra.service.app import make_app
 from infra.service.listen import Listener
 from infra.settings import load_settings
 from infra.telemetry import metrics, tracing
 
+_LINES, _LINES_PER_S = 200.0, 20.0  # of one kind: robots, and strangers, make the service log
+
 
 def _serve(home: Path, stop: threading.Event) -> None:
     settings = load_settings(home=home)
-    log_to(settings.logs_dir, "service")
+    log_to(settings.logs_dir, "service", flood=FloodFilter(_LINES, _LINES_PER_S))
     metrics.serve(settings, "service")
     tracing.start("service")
     if settings.profile == "fleet" and settings.catalog is None:

@@ -8,14 +8,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from infra.edge.server import RefusedError, to_wire
 from infra.errors import ConfigError, ConflictError, CorruptDataError, LwdError, StorageFullError, UnavailableError
 from infra.process import redact
 from infra.service.limits import LaterError
 
-MAX_JSON_BYTES = 2**18
+_MAX_TEXT = 1000  # of what an answer says; some of it is the request's own
 _STATUS = {RefusedError: 401, ConfigError: 422, CorruptDataError: 422, ConflictError: 409, StorageFullError: 507,
            UnavailableError: 503}  # fmt: skip
 _log = logging.getLogger("lwd.service")
@@ -26,22 +25,27 @@ class ForeignError(ConfigError):
 
 
 def install(app: FastAPI) -> None:
-    """Have `app` answer its errors in this way, and refuse bodies without a length or too long."""
-    app.add_middleware(_BodyCap)
-    app.add_exception_handler(LwdError, _explain)
+    """Have `app` answer its errors in this way."""
+    app.add_exception_handler(LwdError, explain)
     app.add_exception_handler(RequestValidationError, _explain_invalid)
     app.add_exception_handler(HTTPException, _explain_http)
     app.add_exception_handler(Exception, _explain_bug)
 
 
+def said(error: LwdError) -> dict[str, str]:
+    """`to_wire`, of a length that no request can drive up."""
+    return {name: text[:_MAX_TEXT] for name, text in to_wire(error).items()}
+
+
 def answer(status: int, error: LwdError, after: float | None = None) -> JSONResponse:
     """An error as an answer; `after` seconds, another try is worth it."""
     headers = {} if after is None else {"Retry-After": str(max(1, round(after)))}
-    wire = {name: redact(text) for name, text in to_wire(error).items()}
+    wire = {name: redact(text) for name, text in said(error).items()}
     return JSONResponse(wire, status, headers | ({"WWW-Authenticate": "Bearer"} if status == 401 else {}))
 
 
-def _explain(_: Request, error: Exception) -> Response:
+def explain(_: Request, error: Exception) -> Response:
+    """The answer to an LwdError."""
     assert isinstance(error, LwdError)
     if isinstance(error, LaterError):
         return answer(error.status, error, error.after)
@@ -72,24 +76,3 @@ def _explain_http(request: Request, error: Exception) -> Response:
 
 def _explain_bug(_: Request, error: Exception) -> Response:
     return answer(500, UnavailableError(f"the service failed ({type(error).__name__})", "see its log, and try again"))
-
-
-class _BodyCap:
-    """Refuses a body whose length is not said, or is more than a request may have; uploads have their own cap."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
-            said = dict(scope["headers"]).get(b"content-length", b"")
-            error = None
-            if not said.isdigit():
-                error = answer(411, ConfigError("the request does not say its length", "send Content-Length"))
-            elif int(said) > MAX_JSON_BYTES and not scope["path"].startswith("/v1/objects/"):
-                problem = f"a request of {int(said)} bytes"
-                error = answer(413, ConfigError(problem, f"send at most {MAX_JSON_BYTES}: fewer episodes at once"))
-            if error is not None:
-                await error(scope, receive, send)
-                return
-        await self._app(scope, receive, send)

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response, Security
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from infra.catalog import Catalog
 from infra.edge.server import RefusedError
-from infra.errors import (
-    CorruptDataError,
-)
+from infra.errors import CorruptDataError
 from infra.objects import ObjectStore
 from infra.service import observe
 from infra.service.answers import ForeignError, answer, install
-from infra.service.auth import Identity, Tokens
+from infra.service.auth import TOKEN, EndedError, Identity, Tokens
 from infra.service.backend import Backend
 from infra.service.desk import Desk
-from infra.service.limits import Backpressure, LaterError, RobotLimits
+from infra.service.gate import Gate
+from infra.service.incoming import Incoming
+from infra.service.limits import Backpressure, LaterError, RobotLimits, Strangers
 from infra.service.models import (
     Announced,
     Announcements,
@@ -45,10 +48,13 @@ from infra.service.models import (
     Statuses,
     Uploaded,
 )
-from infra.settings import Settings
+from infra.service.wire import Connection
+from infra.settings import MIB, Settings
+from infra.telemetry import metrics
 
 UNSETTLED_MAX = 2000
 _VERIFIERS = 4  # commits at work; each reads its episodes back from the store
+_BLOCK = 2**17
 _COMMITS_MAX = 64  # commits at work or waiting for one
 _log = logging.getLogger("lwd.service")
 
@@ -58,29 +64,74 @@ class Service:
 
     def __init__(self, settings: Settings, catalog: Catalog, objects: ObjectStore, unsettled_max: int) -> None:
         self.backend = Backend(catalog, objects)
-        self.tokens = Tokens(catalog)
+        self._tokens = Tokens(catalog)
+        self._strangers = Strangers()
         self.limits = RobotLimits(settings.robot_episodes_per_min, settings.robot_mib_per_min)
         backpressure = Backpressure(catalog, unsettled_max)
-        self.desk = Desk(self.backend, self.limits, backpressure, settings.home / "service")
+        incoming = Incoming(objects, settings.robot_incoming_mib * MIB)
+        self.desk = Desk(self.backend, self.limits, backpressure, incoming, settings.home / "service")
         self.verifiers = ThreadPoolExecutor(_VERIFIERS, "verify")
         self.commits = 0
+        self._asking = threading.Lock()
         self._health: tuple[float, dict[str, bool]] = (float("-inf"), {})
-        self._complained_at = float("-inf")
 
     def health(self) -> dict[str, bool]:
-        """As of now or a second ago: who asks needs no token."""
+        """As of now or a second ago, or while another asks, longer: who asks needs no token."""
         at, found = self._health
-        if time.monotonic() - at > 1.0:
-            found = self.backend.health()
-            self._health = (time.monotonic(), found)
+        if time.monotonic() - at > 1.0 and self._asking.acquire(blocking=not found):
+            try:
+                found = self.backend.health()
+                self._health = (time.monotonic(), found)
+            finally:
+                self._asking.release()
         return found
 
-    def complain(self, error: RefusedError, request: Request) -> None:
-        """Log a refused credential; at most one a second, whoever knocks."""
-        if time.monotonic() - self._complained_at > 1.0:
-            self._complained_at = time.monotonic()
-            client = request.client.host if request.client else "?"
-            _log.warning("refused: %s", error.problem, extra={"fields": {"client": client}})
+    def remembers(self, headers: Headers) -> bool:
+        """See `infra.service.gate.Doorkeeper`."""
+        try:
+            token = _token(headers)
+            return not token or not TOKEN.fullmatch(token) or self._tokens.remembered(token) is not None
+        except RefusedError:
+            return True
+
+    def look_again(self, age_s: float) -> None:
+        """See `infra.service.gate.Doorkeeper`."""
+        self._tokens.look_again(age_s)
+
+    def identify(self, headers: Headers, address: str) -> Identity:
+        """The robot that the token names; what it calls itself counts only as a check of its configuration.
+
+        Raises:
+            RefusedError, ForeignError, LaterError: it has no valid token, another's, or asks too much.
+        """
+        token = _token(headers)
+        try:
+            identity = self._tokens.verify(token, lambda: self._strangers.check(address))
+        except LaterError:
+            metrics.TOKENS_REFUSED.inc(kind="throttled")
+            raise
+        except RefusedError as error:
+            ended = isinstance(error, EndedError)
+            metrics.TOKENS_REFUSED.inc(kind="ended" if ended else "unknown" if token else "none")
+            if token and not ended:
+                self._strangers.failed(address)
+            _log.warning("refused: %s", error.problem, extra={"fields": {"client": address}})
+            raise
+        said = (("LWD-Robot", identity.robot_id, "robot"), ("LWD-Cohort", identity.cohort, "cohort"))
+        for name, own, what in said:
+            if headers.get(name, own) != own:
+                raise ForeignError(
+                    f"the token is of {what} {own}, the request says {what} {headers[name][:64]!r}",
+                    f"give each robot its own token, enrolled for its {what}",
+                )
+        self.limits.request(identity.robot_id)
+        return identity
+
+
+def _token(headers: Headers) -> str | None:
+    """What the request shows as its token."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
 
 
 def _service(request: Request) -> Service:
@@ -93,24 +144,14 @@ _bearer = HTTPBearer(auto_error=False, description="a robot's token, from `lwd r
 
 def _caller(
     request: Request,
-    service: Annotated[Service, Depends(_service)],
-    token: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
-    lwd_robot: Annotated[str | None, Header(description="if given, must be the token's robot")] = None,
-    lwd_cohort: Annotated[str | None, Header(description="if given, must be the token's cohort")] = None,
+    _token: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    _robot: Annotated[str | None, Header(alias="LWD-Robot", description="if given, must be the token's robot")] = None,
+    _cohort: Annotated[
+        str | None, Header(alias="LWD-Cohort", description="if given, must be the token's cohort")
+    ] = None,
 ) -> Identity:
-    """The robot that the token names; what it calls itself counts only as a check of its configuration."""
-    try:
-        identity = service.tokens.verify(token.credentials if token else None)
-    except RefusedError as error:
-        service.complain(error, request)
-        raise
-    for said, own, what in ((lwd_robot, identity.robot_id, "robot"), (lwd_cohort, identity.cohort, "cohort")):
-        if said is not None and said != own:
-            raise ForeignError(
-                f"the token is of {what} {own}, the request says {what} {said[:64]!r}",
-                f"give each robot its own token, enrolled for its {what}",
-            )
-    service.limits.request(identity.robot_id)
+    """The robot that the token names, as the gate has found it before the body was read."""
+    identity: Identity = request.state.robot
     return identity
 
 
@@ -148,7 +189,9 @@ async def put_object(key: str, request: Request, robot: Robot, service: Shared) 
     began, length = time.monotonic(), int(request.headers["content-length"])
     service.desk.check_put(robot, key, length)
     try:
-        await service.desk.receive(request.stream(), lambda path: run_in_threadpool(service.desk.put, key, path))
+        await service.desk.receive(
+            request.stream(), length, lambda path: run_in_threadpool(service.desk.put, key, path)
+        )
     except ClientDisconnect:
         return Response(status_code=400)
     _say("put", robot, began, bytes=length)
@@ -232,12 +275,18 @@ def measurements(body: Measured, robot: Robot, service: Shared) -> None:
 _health_router = APIRouter()
 
 
-@_health_router.get("/healthz", responses={503: {"model": Health, "description": "one does not answer"}})
-def healthz(service: Shared) -> Health:
+@_health_router.get(
+    "/healthz",
+    response_model_exclude_none=True,
+    responses={503: {"model": Health, "description": "one does not answer, or descriptors are short"}},
+)
+def healthz(request: Request, service: Shared) -> Health:
     """Whether catalog and store answer. Needs no token."""
-    found = Health(**service.health())
-    if not (found.catalog and found.store):
-        return JSONResponse(found.model_dump(), status_code=503)  # type: ignore[return-value]
+    connection: Connection | None = getattr(request.state, "connection", None)
+    is_short = connection is not None and connection.door.is_short()
+    found = Health(**service.health(), descriptors=False if is_short else None)
+    if not (found.catalog and found.store) or is_short:
+        return JSONResponse(found.model_dump(exclude_none=True), status_code=503)  # type: ignore[return-value]
     return found
 
 
@@ -266,6 +315,7 @@ def make_app(
     app.include_router(v1)
     app.include_router(_health_router)
     install(app)
+    app.add_middleware(Gate, keeper=service)
     observe.install(app, settings)
     return app
 
@@ -278,7 +328,15 @@ def _download(service: Service, key: Any) -> Response:
     headers = {"Cache-Control": "no-store"}
     if isinstance(found, str):
         return RedirectResponse(found, 307, headers)
-    return Response(found, media_type="application/octet-stream", headers=headers)
+    headers["Content-Length"] = str(os.fstat(found.fileno()).st_size)
+    return StreamingResponse(_blocks(found), media_type="application/octet-stream", headers=headers)
+
+
+def _blocks(source: BinaryIO) -> Iterator[bytes]:
+    """The file's bytes, a block in memory at a time, whoever reads how slowly."""
+    with source:
+        while block := source.read(_BLOCK):
+            yield block
 
 
 def _bytes(episodes: list[Uploaded]) -> int:

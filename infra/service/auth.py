@@ -12,6 +12,7 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -27,7 +28,13 @@ CACHE_S = 2.0  # a revoked or expired token is accepted at most this much longer
 TOKEN = re.compile(r"([0-9a-f]{16})\.([A-Za-z0-9_-]{43})")
 _DAY_S = 86400.0
 _CACHED = 4096
+_KNOWN = 65_536
+_UNKNOWN = "the robot token is unknown"
 _ENROL = "enrol the robot with `lwd robots enrol` and give it the token as LWD_ROBOT_TOKEN"
+
+
+class EndedError(RefusedError):
+    """The token was good once."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,16 @@ class Tokens:
 
     Args:
         catalog: where their digests are.
-        cache_s: how long a token that was good is believed without asking the catalog again, seconds.
+        cache_s: how long what was found of a token is believed without asking the catalog again, seconds.
     """
 
     def __init__(self, catalog: Catalog, *, cache_s: float = CACHE_S) -> None:
         self._catalog = catalog
         self._cache_s = cache_s
-        self._good: dict[bytes, tuple[Identity, float]] = {}  # sha256 of a whole token -> whose, until when
+        # sha256 of a whole token -> whose it is, or how it ended; believed until when
+        self._judged: dict[bytes, tuple[Identity | EndedError, float]] = {}
+        self._digests: dict[str, str] | None = None  # by token id, of the newest valid tokens that the catalog had
+        self._looked_at = float("-inf")
         self._lock = threading.Lock()
 
     def enrol(self, robot_id: str, cohort: str, *, days: float, actor: str) -> str:
@@ -128,40 +138,85 @@ class Tokens:
                 for row in connection.execute(query)
             ]  # fmt: skip
 
-    def verify(self, token: str | None) -> Identity:
+    def verify(self, token: str | None, may_ask: Callable[[], object] = lambda: None) -> Identity:
         """Whose token it is.
 
+        Args:
+            may_ask: called before the catalog is asked for a token of which nothing is known; what it raises ends this.
+                A wrong secret for a known id is refused without asking.
+
         Raises:
-            RefusedError: missing, malformed, unknown, expired or revoked. That it is one of the last two is told
-                only to who has the secret.
+            RefusedError: missing, malformed, unknown, expired or revoked (the last two are an `EndedError`, told only
+                to who has the secret).
         """
         parts = TOKEN.fullmatch(token or "")
         if token is None or parts is None:
             raise RefusedError(f"the request has {'no' if not token else 'a malformed'} robot token", _ENROL)
-        name = hashlib.sha256(token.encode()).digest()
+        if (identity := self.remembered(token)) is not None:
+            return identity
+        token_id, secret = parts.groups()
+        if self._digests is None:
+            self.look_again(0.0)
+        if (known := (self._digests or {}).get(token_id)) is None:
+            may_ask()
+        elif not hmac.compare_digest(_digest(secret), known):
+            raise RefusedError(_UNKNOWN, _ENROL)
+        found: Identity | EndedError
+        try:
+            found = self._look_up(token_id, secret)
+        except EndedError as error:
+            found = error
         with self._lock:
-            cached = self._good.get(name)
-        if cached is not None and time.monotonic() < cached[1]:
-            return cached[0]
-        identity = self._look_up(*parts.groups())
+            if len(self._judged) >= _CACHED:
+                self._judged.clear()
+            self._judged[hashlib.sha256(token.encode()).digest()] = (found, time.monotonic() + self._cache_s)
+        if isinstance(found, EndedError):
+            raise EndedError(found.problem, found.fix)
+        return found
+
+    def remembered(self, token: str | None) -> Identity | None:
+        """Whose token it is, if that was asked a moment ago.
+
+        Raises:
+            EndedError: it was, and the token had expired or was revoked.
+        """
+        if token is None:
+            return None
         with self._lock:
-            if len(self._good) >= _CACHED:
-                self._good.clear()
-            self._good[name] = (identity, time.monotonic() + self._cache_s)
-        return identity
+            found, until = self._judged.get(hashlib.sha256(token.encode("utf-8", "replace")).digest(), (None, 0.0))
+        if time.monotonic() >= until:
+            return None
+        if isinstance(found, EndedError):
+            raise EndedError(found.problem, found.fix)
+        return found
+
+    def look_again(self, age_s: float) -> None:
+        """Know of all valid tokens that the catalog had `age_s` ago, or later. One query, whoever asks how often."""
+        with self._lock:
+            if time.monotonic() - self._looked_at < age_s:
+                return
+            self._looked_at = time.monotonic()
+        columns = (robot_tokens.c.token_id, robot_tokens.c.sha256)
+        query = sa.select(*columns).where(robot_tokens.c.revoked_at.is_(None))
+        with self._catalog.read() as connection:
+            valid = query.where(robot_tokens.c.expires_at > dialect.now(connection))
+            found = connection.execute(valid.order_by(robot_tokens.c.created_at.desc()).limit(_KNOWN))
+            self._digests = {row.token_id: row.sha256 for row in found}
 
     def _look_up(self, token_id: str, secret: str) -> Identity:
         with self._catalog.read() as connection:
             at = dialect.now(connection)
             row = connection.execute(sa.select(robot_tokens).where(robot_tokens.c.token_id == token_id)).first()
+        if row is not None and self._digests is not None and len(self._digests) < _KNOWN:
+            self._digests[token_id] = row.sha256
         # An unknown id takes as long as a wrong secret.
         same = hmac.compare_digest(_digest(secret), row.sha256 if row is not None else "0" * 64)
         if row is None or not same:
-            raise RefusedError("the robot token is unknown", _ENROL)
+            raise RefusedError(_UNKNOWN, _ENROL)
         if row.revoked_at is not None:
-            raise RefusedError(f"the token of robot {row.robot_id} was revoked", _ENROL)
+            raise EndedError(f"the token of robot {row.robot_id} was revoked", _ENROL)
         if row.expires_at <= at:
-            raise RefusedError(f"the token of robot {row.robot_id} has expired", _ENROL)
+            raise EndedError(f"the token of robot {row.robot_id} has expired", _ENROL)
         return Identity(row.robot_id, row.cohort)
 
 

@@ -32,6 +32,7 @@ PAGE = 1000  # announcements in one answer
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 _FILE = re.compile(r"^[a-z0-9_]{1,64}\.(safetensors|json|sig)$")
 _MAX_LATENCY_S = 30 * 86400.0
+_MEASURED_MAX = 8  # of one name, robot and policy: a policy may be announced again
 
 
 class Backend:
@@ -135,10 +136,10 @@ class Backend:
             record_refusals(connection, robot_id, beat.details.get("refusals"))
 
     def measure(self, robot_id: str, name: str, version: int, since: float) -> None:
-        """Record how long ago `since` was.
+        """Record how long ago `since` was; of one robot and policy no more than a few times, so that rows are bounded.
 
         Raises:
-            ConfigError: an unknown name, or no time of the catalog's clock.
+            ConfigError: an unknown name or policy, or no time of the catalog's clock.
         """
         with self.catalog.begin() as connection:
             at = dialect.now(connection)
@@ -146,6 +147,12 @@ class Backend:
                 raise ConfigError(
                     f"measurement {name!r} since {since!r}", f"send one of {', '.join(LATENCIES)} and a catalog's time"
                 )
+            if connection.execute(sa.select(policies.c.version).where(policies.c.version == version)).first() is None:
+                raise ConfigError(f"there is no policy {version}", "measure what was announced")
+            mine = (measurements.c.subject == robot_id, measurements.c.version == version, measurements.c.name == name)
+            count = sa.select(sa.func.count()).select_from(measurements).where(*mine)
+            if connection.execute(count).scalar_one() >= _MEASURED_MAX:
+                return
             row = {"name": name, "subject": robot_id, "version": version, "value": at - since, "at": at}
             connection.execute(sa.insert(measurements).values(row))
 

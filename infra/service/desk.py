@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
-import threading
-import time
 import uuid
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 from infra.crashpoints import crashpoint
-from infra.edge.server import Status, to_wire
+from infra.edge.server import Status
 from infra.errors import ConfigError, LwdError, StorageFullError, UnavailableError
 from infra.ingest import Claim
-from infra.objects import PresigningStore, incoming_key
+from infra.objects import OpeningStore, PresigningStore, permitted_key
+from infra.service.answers import said
 from infra.service.auth import Identity
 from infra.service.backend import Backend
+from infra.service.incoming import PERMIT_S, Incoming
 from infra.service.limits import Backpressure, LaterError, RobotLimits, over_rate
 from infra.service.models import Offered, Outcome, Place, Problem, Uploaded
 from infra.telemetry import metrics
 
-PERMIT_S = 300.0  # how long an upload may take to begin, and a policy's download
+_NO_ROOM_S = 30.0  # for a robot that has uploaded too much and committed nothing
 _EPISODE_ID = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class _Permit:
-    """That a robot may PUT so many bytes through the service, until a time of the monotonic clock."""
-
-    size: int
-    until: float
 
 
 class Desk:
@@ -43,11 +35,15 @@ class Desk:
         backend: the catalog and the store.
         limits: what one robot may.
         backpressure: what all may.
+        incoming: the permits.
         folder: where an upload through the service waits until it is whole; emptied here.
     """
 
-    def __init__(self, backend: Backend, limits: RobotLimits, backpressure: Backpressure, folder: Path) -> None:
+    def __init__(
+        self, backend: Backend, limits: RobotLimits, backpressure: Backpressure, incoming: Incoming, folder: Path
+    ) -> None:
         self._backend = backend
+        self._incoming = incoming
         self._limits = limits
         self._backpressure = backpressure
         self._folder = folder
@@ -55,8 +51,6 @@ class Desk:
         for leftover in self._folder.glob("*.part"):
             leftover.unlink()
         self._presigning = hasattr(backend.objects, "presign_put")
-        self._permits: dict[str, _Permit] = {}
-        self._lock = threading.Lock()
 
     def offer(self, robot: Identity, offered: Sequence[Offered]) -> list[Place]:
         """Where each episode may be uploaded to.
@@ -81,15 +75,17 @@ class Desk:
             except LaterError:
                 metrics.THROTTLED.inc(robot=robot.robot_id, kind="backpressure")
                 raise
+            self._incoming.look(robot.robot_id)
         waits = []
         for number in wanted:
             wait = self._limits.upload(robot.robot_id, claims[number].size)
-            if wait:
-                waits.append(wait)
-                metrics.THROTTLED.inc(robot=robot.robot_id, kind="quota")
-                places[number].error = problem(over_rate(f"episodes of robot {robot.robot_id}", wait))
+            key = self._grant(claims[number]) if not wait else None
+            if key is None:
+                waits.append(wait or _NO_ROOM_S)
+                metrics.THROTTLED.inc(robot=robot.robot_id, kind="quota" if wait else "incoming")
+                places[number].error = problem(over_rate(f"episodes of robot {robot.robot_id}", waits[-1]))
             else:
-                places[number].key, places[number].url = self._permit(robot, claims[number])
+                places[number].key, places[number].url = key, self._url(key, claims[number].size)
         if wanted and len(waits) == len(wanted):
             raise over_rate(f"episodes of robot {robot.robot_id}", waits[0])
         return places
@@ -100,13 +96,18 @@ class Desk:
         claims: dict[int, tuple[Claim, str]] = {}
         for number, item in enumerate(uploaded):
             try:
-                claims[number] = (_claim(robot, item, item.meta), _own_key(robot, item.episode_id, item.key))
+                claim = _claim(robot, item, item.meta)
+                if item.key != permitted_key(claim.robot_id, claim.episode_id, claim.sha256):
+                    raise _foreign(robot, item.key)
+                claims[number] = (claim, item.key)
             except ConfigError as error:
                 outcomes[number] = error
         for number, outcome in zip(claims, self._backend.commit(list(claims.values())), strict=True):
             outcomes[number] = outcome
             if isinstance(outcome, UnavailableError | StorageFullError):
                 self._backpressure.store_failed()
+            else:
+                self._incoming.done(claims[number][0])
         crashpoint("service.committed")
         return [
             Outcome(error=problem(outcome)) if isinstance(outcome, LwdError) else Outcome(status=outcome)
@@ -120,33 +121,45 @@ class Desk:
             ConfigError: the key is not one of the robot's own, or not as many bytes were announced.
             UnavailableError: it was not permitted, or too long ago.
         """
-        _own_key(robot, None, key)
-        with self._lock:
-            permit = self._permits.get(key)
-        if permit is None or permit.until < time.monotonic():
+        if not re.fullmatch(rf"incoming/{re.escape(robot.robot_id)}/[0-9a-f]{{32}}-[0-9a-f]{{8}}\.tar", key):
+            raise _foreign(robot, key)
+        permit = self._incoming.permit(robot.robot_id, key)
+        if permit is None or self._presigning:
             raise UnavailableError(f"no upload to {key} is permitted now", "ask for another place and send it there")
-        if permit.size != length:
+        if permit.claim.size != length:
             raise ConfigError(
-                f"the upload to {key} has {length} bytes, announced were {permit.size}", "announce what you send"
+                f"the upload to {key} has {length} bytes, announced were {permit.claim.size}",
+                "announce what you send",
             )
 
-    async def receive(self, stream: AsyncIterable[bytes], store: Callable[[Path], Awaitable[object]]) -> None:
-        """Write a body, whose length the HTTP server sees to, to a file, and hand that to `store`.
+    async def receive(
+        self, stream: AsyncIterable[bytes], length: int, store: Callable[[Path], Awaitable[object]]
+    ) -> None:
+        """Write a body of `length` bytes to a file, and hand that to `store`.
 
         Raises:
+            ConfigError: it has other bytes.
             StorageFullError: no room for it.
-            UnavailableError: it did not come whole in time.
+            UnavailableError: it did not come whole in time, or no file can be opened.
         """
         part = self._folder / f"{uuid.uuid4().hex}.part"
         try:
             async with asyncio.timeout(PERMIT_S):
                 with part.open("wb") as handle:
+                    left = length
                     async for block in stream:
+                        left -= len(block)
+                        if left < 0:
+                            break
                         handle.write(block)
+            if left:
+                raise ConfigError(f"the upload has other than {length} bytes", "announce what you send")
             await store(part)
         except TimeoutError as error:
             raise UnavailableError("the upload took too long", "send it again") from error
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UnavailableError("the service is short of file descriptors", "send it again") from error
             raise StorageFullError(f"no room for an upload ({error.strerror})", "free space on the service") from error
         finally:
             part.unlink(missing_ok=True)
@@ -160,27 +173,32 @@ class Desk:
             raise
         crashpoint("service.uploaded")
 
-    def download(self, key: str) -> str | bytes:
-        """A URL for `key`, where the store gives URLs; else its bytes. CorruptDataError if there is none."""
+    def download(self, key: str) -> str | BinaryIO:
+        """A URL for `key`, where the store gives URLs; else the object, open. CorruptDataError if there is none."""
         if self._presigning:
             return cast(PresigningStore, self._backend.objects).presign_get(key, PERMIT_S)
-        return self._backend.objects.get(key)
+        return cast(OpeningStore, self._backend.objects).open(key)
 
-    def _permit(self, robot: Identity, claim: Claim) -> tuple[str, str]:
-        key = incoming_key(robot.robot_id, claim.episode_id)
+    def _grant(self, claim: Claim) -> str | None:
+        """The key of a permit. Where there is no room, permits that were used at another service make some."""
+        key = self._incoming.grant(claim)
+        if key is None:
+            claims = self._incoming.open(claim.robot_id)
+            for other, status in zip(claims, self._backend.known(claims), strict=True):
+                if status is not None:
+                    self._incoming.done(other)
+            key = self._incoming.grant(claim)
+        return key
+
+    def _url(self, key: str, size: int) -> str:
         if self._presigning:
-            return key, cast(PresigningStore, self._backend.objects).presign_put(key, claim.size, PERMIT_S)
-        now = time.monotonic()
-        with self._lock:
-            if len(self._permits) > 1024:
-                self._permits = {name: permit for name, permit in self._permits.items() if permit.until >= now}
-            self._permits[key] = _Permit(claim.size, now + PERMIT_S)
-        return key, f"/v1/objects/{key}"
+            return cast(PresigningStore, self._backend.objects).presign_put(key, size, PERMIT_S)
+        return f"/v1/objects/{key}"
 
 
 def problem(error: LwdError) -> Problem:
     """An error as an answer."""
-    return Problem(**to_wire(error))
+    return Problem(**said(error))
 
 
 def _claim(robot: Identity, item: Offered, meta: dict[str, object]) -> Claim:
@@ -193,12 +211,8 @@ def _claim(robot: Identity, item: Offered, meta: dict[str, object]) -> Claim:
     return Claim.read(robot.robot_id, item.episode_id, item.sha256, item.size, meta)
 
 
-def _own_key(robot: Identity, episode_id: str | None, key: str) -> str:
-    """`key`, if it is one that this robot was given, for this episode; ConfigError otherwise."""
-    name = "[0-9a-f]{32}" if episode_id is None else re.escape(episode_id)
-    if not re.fullmatch(rf"incoming/{re.escape(robot.robot_id)}/{name}-[0-9a-f]{{8}}\.tar", key):
-        raise ConfigError(
-            f"the key {key[:120]!r} is not robot {robot.robot_id}'s own for that episode",
-            "upload to the place that the service names, and send its key",
-        )
-    return key
+def _foreign(robot: Identity, key: str) -> ConfigError:
+    return ConfigError(
+        f"the key {key[:120]!r} is not robot {robot.robot_id}'s own for that episode",
+        "upload to the place that the service names, and send its key",
+    )

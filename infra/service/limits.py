@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -17,6 +18,10 @@ REQUESTS_PER_S, NOTES_PER_MIN = 100.0, 60.0  # of one robot: requests of any kin
 _LOOK_S = 0.5  # between two looks at the backlog
 _SAMPLE = 32
 _ROBOTS = 4096  # whose buckets are kept
+_ADDRESSES = 4096  # whose failures are kept
+_FREE_FAILURES = 16  # of one address, before it must pause: 1 s, 2 s, 4 s, …
+_PAUSE_MAX_S, _FORGIVE_S = 64.0, 300.0
+_LOOKUPS_PER_S = 50.0  # of unknown tokens, in the catalog, whoever asks
 
 
 class LaterError(UnavailableError):
@@ -114,6 +119,47 @@ class RobotLimits:
         if key not in self._buckets:
             self._buckets[key] = TokenBucket(*self._caps[kind], self._clock)
         return self._buckets[key]
+
+
+class ThrottledError(LaterError):
+    """Too much is asked about tokens of which nothing is known."""
+
+
+class Strangers:
+    """How often one address may ask about tokens of which nothing is known: what fails costs ever longer pauses.
+
+    Args:
+        clock: replaced in tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failed: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by address: how often, when last
+        self._asked = TokenBucket(_LOOKUPS_PER_S, _LOOKUPS_PER_S * 2, clock)
+        self._lock = threading.Lock()
+
+    def check(self, address: str) -> None:
+        """Raises:
+        ThrottledError: too much failed from there, or all addresses together ask too much.
+        """
+        with self._lock:
+            failures, at = self._failed.get(address, (0, 0.0))
+            pause = 0.0 if failures < _FREE_FAILURES else min(_PAUSE_MAX_S, 2.0 ** min(failures - _FREE_FAILURES, 16))
+            wait = max(at + pause - self._clock(), 0.0) or self._asked.take(1)
+        if wait > 0:
+            raise ThrottledError(
+                "too many requests came with unknown tokens", "wait, and use a robot's token", 429, wait
+            )
+
+    def failed(self, address: str) -> None:
+        """A token from there was unknown."""
+        with self._lock:
+            failures, at = self._failed.pop(address, (0, 0.0))
+            if self._clock() - at > _FORGIVE_S:
+                failures = 0
+            self._failed[address] = (failures + 1, self._clock())
+            while len(self._failed) > _ADDRESSES:
+                self._failed.popitem(last=False)
 
 
 class Backpressure:

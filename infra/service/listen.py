@@ -7,21 +7,43 @@ import ipaddress
 import logging
 import socket
 import ssl
+import sys
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.config import STARTUP_FAILURE
 
 from infra.errors import ConfigError
+from infra.service.accept import Acceptor, connections_that_fit
+from infra.service.door import Door, Guest
+from infra.service.wire import Connection
 from infra.settings import Settings
 
-_KEEP_ALIVE_S = 75
 _GRACE_S = 10  # at the end, for requests that are being answered
-_CONNECTIONS = 1024
 _log = logging.getLogger("lwd.service")
 
 
 class _Server(uvicorn.Server):
-    """Ends without waiting for idle robots: one that speaks TLS would not answer the goodbye before its time-out."""
+    """Accepts through a door; ends without waiting for idle robots, of whom those with TLS would not say goodbye.
+
+    Args:
+        config: uvicorn's. taken: the listening socket. door: who may come in.
+    """
+
+    def __init__(self, config: uvicorn.Config, taken: socket.socket, door: Door) -> None:
+        super().__init__(config)
+        self._taken, self._door = taken, door
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        acceptor = Acceptor(self._taken, self._door, self.config.ssl, self._make)
+        self.servers = [acceptor]  # type: ignore[list-item]  # of which uvicorn asks no more
+        self.started = True
+
+    def _make(self, guest: Guest) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state, self._door, guest)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for connection in list(self.server_state.connections):
@@ -45,6 +67,7 @@ class Listener:
     def __init__(self, settings: Settings) -> None:
         self._host = settings.ingest_host
         self._tls = _certificate(settings)
+        self._connections, self._per_address = settings.ingest_connections, settings.ingest_connections_per_address
         family, address = _resolve(settings.ingest_host, settings.ingest_port)
         if not self._tls and not settings.ingest_insecure and not ipaddress.ip_address(address).is_loopback:
             raise ConfigError(
@@ -68,10 +91,10 @@ class Listener:
         cert, key = self._tls or (None, None)
         config = uvicorn.Config(
             app, http="h11", ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
-            proxy_headers=False, server_header=False, limit_concurrency=_CONNECTIONS,
-            timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=_GRACE_S, ssl_certfile=cert, ssl_keyfile=key,
+            proxy_headers=False, server_header=False, timeout_graceful_shutdown=_GRACE_S, ssl_certfile=cert,
+            ssl_keyfile=key,
         )  # fmt: skip
-        self._server = _Server(config)
+        self._server = _Server(config, self._socket, Door(connections_that_fit(self._connections), self._per_address))
         _log.info("listening", extra={"fields": {"url": self.url}})
         try:
             self._server.run(sockets=[self._socket])

@@ -176,3 +176,4 @@ class Measured(BaseModel):
 class Health(BaseModel):
     catalog: bool
     store: bool
+    descriptors: bool | None = Field(None, description="false while the service is short of file descriptors")

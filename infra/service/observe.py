@@ -63,6 +63,8 @@ class _Counted:
 
 
 def _is_here(request: Request) -> bool:
+    if any(name in request.headers for name in ("forwarded", "x-forwarded-for", "via")):
+        return False  # a proxy on this machine asks for somebody elsewhere
     return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
 
 

@@ -78,9 +78,30 @@ INGEST_EPISODE_BYTES = Histogram(
 )
 THROTTLED = Counter(
     "lwd_ingest_throttled_total",
-    "Requests sent away to come back later; kind: backpressure (of the whole service), quota (of the robot).",
+    "Requests sent away to come back later; kind: backpressure (of the whole service), quota (of the robot),"
+    " incoming (it has uploaded too much that it has not committed).",
     by="service",
     labels=("robot", "kind"),
+)
+CONNECTIONS = Gauge(
+    "lwd_connections", "Connections that the service holds; kind: robot (has shown a valid token), stranger.",
+    by="service", labels=("kind",),
+)  # fmt: skip
+CONNECTIONS_ENDED = Counter(
+    "lwd_connections_ended_total",
+    "Connections that the service ended; kind: head, body, unread, answer, idle, linger (a deadline), address, full,"
+    " robot, descriptors (no room).",
+    by="service",
+    labels=("kind",),
+)
+DESCRIPTORS_SHORT = Gauge(
+    "lwd_descriptors_short", "1 while the service has run out of file descriptors, else 0.", by="service"
+)
+TOKENS_REFUSED = Counter(
+    "lwd_tokens_refused_total",
+    "Requests without a valid token; kind: none, unknown, ended (expired or revoked), throttled.",
+    by="service",
+    labels=("kind",),
 )
 CERTIFICATE_EXPIRES = Gauge(
     "lwd_certificate_expires_timestamp_seconds", "When the ingest service's TLS certificate ends.", by="service"

@@ -88,9 +88,12 @@ class Process:
         self._env = os.environ | {"LWD_INGEST_PORT": str(self.port), "OMP_NUM_THREADS": "1"} | env
         self.served = Served(self.plane, f"http://127.0.0.1:{self.port}")
         self.process: subprocess.Popen[bytes] | None = None
+        self.limit: int | None = None  # of its file descriptors
 
     def start(self, crash: str | None = None) -> None:
         command = [sys.executable, "-m", "infra.service", "--home", str(self.home), "--parent", str(os.getpid())]
+        if self.limit is not None:
+            command = ["sh", "-c", f'ulimit -n {self.limit}; exec "$@"', "sh", *command]
         env = self._env | ({VARIABLE: crash} if crash else {})
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL)
         wait_until(self._serves)

@@ -19,6 +19,7 @@ from infra.errors import ConflictError, LeaseLostError, UnavailableError
 from infra.events import DeadLetter, Event, announce, stored_offsets
 from infra.events.outbox import OutboxLog
 from infra.objects.directory import DirectoryStore
+from infra.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -319,6 +320,26 @@ def test_what_was_revoked_does_not_count_towards_the_share(plane: Plane, monkeyp
         plane.submit(example_episode(number, robot="ab"[number % 2]), produced_at=float(number))
     drain(coordinator(plane, influence_max=0.6))
     assert members(plane) == {1, 3, 4, 5, 6} and held(plane)[f"{7:032x}"][0] == "influence"
+
+
+def test_the_share_counts_once_enough_robots_are_seen(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.coordinator.INFLUENCE_FROM", 4)
+    defaults = {name: Settings.model_fields[f"influence_{name}"].default for name in ("max", "robots")}
+    assert 0 < defaults["max"] < 1
+    own = {f"influence_{name}": value for name, value in defaults.items()}
+    for number, robot in enumerate("aaaaaabcd"):  # four robots: one may do most of the work
+        plane.submit(example_episode(number, robot=robot))
+    drain(coordinator(plane, micro_batch=3, **own))
+    assert members(plane) == set(range(9)) and held(plane) == {}
+    at_work = coordinator(plane, micro_batch=3, **own)
+    for number, robot in enumerate("eaaebcdea", 9):
+        plane.submit(example_episode(number, robot=robot))
+    drain(at_work)  # 6 of 10 already; a's next would be the 7th of 11, and so on; the last is the 7th of 17
+    assert {stage for stage, _ in held(plane).values()} == {"influence"}
+    assert members(plane) == set(range(18)) - {10, 11}
+    plane.submit(example_episode(18, robot="a"))
+    drain(at_work)
+    assert 18 in members(plane)
 
 
 def test_without_a_cap_nothing_is_counted(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:

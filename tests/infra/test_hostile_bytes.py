@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hostile
+import hostile_bytes as hostile
 import numpy as np
 import pytest
 import sqlalchemy as sa

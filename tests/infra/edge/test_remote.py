@@ -28,7 +28,7 @@ from serving import Process, Served, serving
 sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
 from policies import Channel, make_base
 
-from infra.catalog.schema import episodes, measurements, outbox, robots
+from infra.catalog.schema import episodes, measurements, outbox, policies, robots
 from infra.crashpoints import registered
 from infra.edge.client import EdgeClient
 from infra.edge.remote import RemoteServer
@@ -138,6 +138,9 @@ def test_signs_of_life_and_latencies_arrive(server: Any, served: Served) -> None
         "r0", "learning", 3, None, 5,
     )  # fmt: skip
     assert row.details["tasks"] == ["S1"] and row.details["ended"]
+    policy = {"version": 3, "snapshot_version": 0, "bundle_key": "", "manifest_sha256": "", "status": "candidate"}
+    with served.plane.catalog.begin() as connection:
+        connection.execute(sa.insert(policies).values(**policy, created_at=0.0))
     port.measure("publish_to_active_s", 3, row.last_seen - 1.5)
     with served.plane.catalog.read() as connection:
         (found,) = connection.execute(sa.select(measurements)).all()

@@ -15,15 +15,16 @@ from invariants import assert_i7_kept, digest, example_episode
 from jsonschema import Draft202012Validator
 from serving import Served, serving
 
-from infra.catalog.schema import episodes, measurements, outbox, robots
+from infra.catalog.schema import episodes, measurements, outbox, policies, robots
 from infra.coordinator import Coordinator
 from infra.edge.server import MAX_BATCH
 from infra.episode import encode
 from infra.events.outbox import OutboxLog
+from infra.objects import permitted_key
 from infra.objects.directory import DirectoryStore
-from infra.service import limits
-from infra.service.answers import MAX_JSON_BYTES
+from infra.service import incoming, limits
 from infra.service.auth import Tokens
+from infra.service.head import MAX_JSON_BYTES
 
 DATA = [encode(example_episode(number)) for number in range(4)]
 IDS = [f"{number:032x}" for number in range(4)]
@@ -63,6 +64,12 @@ def rows(served: Served) -> list[sa.Row[Any]]:
         return list(connection.execute(sa.select(episodes).order_by(episodes.c.episode_id)))
 
 
+def a_policy(served: Served, version: int) -> None:
+    row = {"version": version, "snapshot_version": 0, "bundle_key": "", "manifest_sha256": "", "status": "candidate"}
+    with served.plane.catalog.begin() as connection:
+        connection.execute(sa.insert(policies).values(**row, created_at=0.0))
+
+
 # --- the way of an episode --------------------------------------------------------------------------------------------
 
 
@@ -97,7 +104,7 @@ def test_one_bad_episode_does_not_stop_its_batch(served: Served) -> None:
     good = upload(served, token, 2)
     outcomes = commit(
         served, token,
-        named(0, key=key), named(1, key=wrong), named(3, key=f"incoming/r0/{IDS[3]}-00000000.tar"),
+        named(0, key=key), named(1, key=wrong), named(3, key=permitted_key("r0", IDS[3], digest(DATA[3]))),
         named(2, key=good, meta={"produced_at": "today"}), named(2, key=good),
     )  # fmt: skip
     found = [outcome.get("status") or outcome["error"]["kind"] for outcome in outcomes]
@@ -180,7 +187,7 @@ def test_a_robot_hears_what_is_announced_to_its_own_cohort_alone(served: Served)
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
-TRAVERSAL = ["../../etc/passwd", "..%2f..", IDS[0] + "\n", IDS[0].upper().replace("0", "A"), "", IDS[0] + "/..", "a\0b"]
+TRAVERSAL = ["../../etc/passwd", "..%2f..", IDS[0] + "\n", IDS[0].upper().replace("0", "A"), "", IDS[0] + "/.."]
 
 
 @pytest.mark.parametrize("episode_id", TRAVERSAL)
@@ -196,7 +203,8 @@ def test_an_id_that_is_no_id_is_refused_before_a_path_is_built(served: Served, e
 @pytest.mark.parametrize(
     "key",
     ["episodes/00/" + "0" * 64 + ".tar", f"incoming/r0/../r1/{IDS[0]}-00000000.tar", f"incoming/r0/{IDS[0]}.tar",
-     f"incoming/r0/{IDS[0]}-00000000.tar\n", f"incoming/r0/{IDS[1]}-00000000.tar", "/etc/passwd", ""],
+     f"incoming/r0/{IDS[0]}-00000000.tar\n", f"incoming/r0/{IDS[1]}-00000000.tar",
+     f"incoming/r0/{IDS[0]}-00000000.tar", "/etc/passwd", ""],
 )  # fmt: skip
 def test_a_key_that_is_not_the_episodes_own_is_refused(served: Served, key: str) -> None:
     (outcome,) = commit(served, served.enrol(), named(0, key=key))
@@ -250,6 +258,15 @@ def test_the_length_of_a_body_is_said_and_bounded(served: Served) -> None:
     ("body", "named_in"),
     [
         (b"{", "JSON"),
+        (b'{"episodes": [{"episode_id": "a\\u0000b", "sha256": "", "size": 1}]}', "database"),
+        (b'{"episodes": [{"episode_id": "\\ud800", "sha256": "", "size": 1}]}', "database"),
+        (b'{"episodes": [], "episodes": []}', "twice"),
+        (b'{"episodes": [{"episode_id": "", "sha256": "", "size": 1e400}]}', "double"),
+        (b'{"episodes": [{"episode_id": "", "sha256": "", "size": NaN}]}', "NaN"),
+        (b'{"episodes": [{"episode_id": "", "sha256": "", "size": 1180591620717411303424}]}', "64 bits"),
+        (b'{"episodes": ' + b"[" * 1000 + b"]" * 1000 + b"}", "nested"),
+        (b'{"episodes": ' + b"[" * 100_000, "nested"),
+        ('{"episodes": []}'.encode("utf-16"), "JSON"),
         ({}, "episodes"),
         ({"episodes": []}, "episodes"),
         ({"episodes": [{}] * (MAX_BATCH + 1)}, "episodes"),
@@ -276,6 +293,62 @@ def test_only_published_policies_can_be_fetched(served: Served, path: str) -> No
     served.plane.objects.put(f"policies/{'a' * 64}/manifest.json", b"unpublished")
     status, answer, _ = served.ask("GET", f"/v1/policies/{path.format(d='a' * 64)}", served.enrol())
     assert status == 404 and set(answer) == {"kind", "problem", "fix"}
+
+
+# --- permits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_permit_is_for_one_digest_one_size_and_one_commit(served: Served) -> None:
+    token = served.enrol()
+    keys = {offer(served, token, named(0))[0]["key"] for _ in range(20)}
+    (key,) = keys  # asked for again it is the same place
+    for data in (DATA[0], DATA[1][: len(DATA[0])], DATA[0]):
+        assert served.ask("PUT", f"/v1/objects/{key}", token, data)[0] == 201
+    assert len(list(served.plane.objects.list("incoming"))) == 1
+    (outcome,) = commit(served, token, named(1, key=key))  # another episode's digest
+    assert outcome["error"]["kind"] == "ConfigError"
+    assert commit(served, token, named(0, key=key)) == [{"status": "committed"}]
+    assert served.ask("PUT", f"/v1/objects/{key}", token, DATA[0])[0] == 503  # used up
+    refused = upload(served, token, 1, b"x" * len(DATA[1]))
+    (outcome,) = commit(served, token, named(1, key=refused))
+    assert outcome["error"]["kind"] == "CorruptDataError"
+    assert served.ask("PUT", f"/v1/objects/{refused}", token, DATA[1])[0] == 503
+    assert list(served.plane.objects.list("incoming")) == []
+
+
+def test_a_robot_holds_no_more_uncommitted_bytes_than_it_may(tmp_path: Path) -> None:
+    size = len(DATA[0]) / 2**20
+    with serving(tmp_path, robot_episodes_per_min=6000, robot_incoming_mib=2.5 * size) as served:
+        token = served.enrol()
+        keys = [upload(served, token, number) for number in range(2)]
+        status, answer, headers = served.ask("POST", "/v1/uploads", token, {"episodes": [named(2)]})
+        assert (status, answer["kind"]) == (429, "UnavailableError") and int(headers["Retry-After"]) > 0
+        assert "url" in offer(served, served.enrol("other"), named(2))[0]
+        assert commit(served, token, named(0, key=keys[0])) == [{"status": "committed"}]
+        assert "url" in offer(served, token, named(2))[0]
+
+
+def test_permits_are_few_and_one_that_asks_for_many_waits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incoming, "PERMITS_MAX", 10)
+    token = served.enrol()
+    items = [named(0, episode_id=f"{number:032x}") for number in range(20)]
+    assert sum("url" in place for place in offer(served, token, *items)) == 10
+    assert "url" in offer(served, token, items[3])[0]  # renewed
+
+
+def test_what_lies_in_a_robots_area_without_a_permit_counts_and_is_swept_when_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path, robot_incoming_mib=1.0) as served:
+        token, store = served.enrol(), served.plane.objects
+        for number in range(3):
+            store.put(f"incoming/r0/{number:032x}-0000000{number}.tar", bytes(2**19))
+        store.put("incoming/r00/other.tar", b"x")
+        assert served.ask("POST", "/v1/uploads", token, {"episodes": [named(0)]})[0] == 429
+    monkeypatch.setattr(incoming, "PERMIT_S", -60.0)
+    with serving(tmp_path, robot_incoming_mib=1.0) as served:
+        assert served.ask("POST", "/v1/uploads", served.enrol(), {"episodes": [named(0)]})[0] == 200
+        assert [item.key for item in served.plane.objects.list("incoming")] == ["incoming/r00/other.tar"]
 
 
 # --- who must wait ----------------------------------------------------------------------------------------------------
@@ -322,10 +395,18 @@ def test_a_heartbeat_and_a_measurement_are_the_tokens_robots(served: Served) -> 
         assert connection.execute(sa.select(measurements)).all() == []
     assert (row.robot_id, row.cohort, row.active_version, row.episodes) == ("a", "canary", 3, 7)
     assert row.details["spool_bytes"] == 10 and "new" not in row.details
-    served.ask("POST", "/v1/measurements", token, measured | {"since": row.last_seen - 2.0})
+    measured |= {"since": row.last_seen - 2.0}
+    status, answer, _ = served.ask("POST", "/v1/measurements", token, measured)
+    assert status == 422 and "no policy 3" in answer["problem"]
+    a_policy(served, 3)
+    assert served.ask("POST", "/v1/measurements", token, measured)[0] == 204
     with served.plane.catalog.read() as connection:
         (found,) = connection.execute(sa.select(measurements)).all()
     assert (found.subject, found.name, found.version) == ("a", "publish_to_active_s", 3) and found.value >= 2.0
+    for _ in range(20):
+        assert served.ask("POST", "/v1/measurements", token, measured)[0] == 204
+    with served.plane.catalog.read() as connection:
+        assert len(connection.execute(sa.select(measurements)).all()) == 8, "rows of one robot are bounded"
     assert served.ask("POST", "/v1/measurements", token, measured | {"name": "anything"})[0] == 422
     assert served.ask("POST", "/v1/heartbeat", token, beat | {"active_version": 2**40})[0] == 422
 

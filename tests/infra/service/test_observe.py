@@ -44,7 +44,7 @@ def test_requests_are_counted_by_route(served: Served) -> None:
     assert shown(served, "lwd_http_requests") == {
         'lwd_http_requests_total{route="/v1/announcements",status="200"}': 1,
         'lwd_http_requests_total{route="/v1/policies/objects/{digest}/{name}",status="404"}': 1,
-        'lwd_http_requests_total{route="/v1/announcements",status="401"}': 1,
+        'lwd_http_requests_total{route="none",status="401"}': 1,  # refused at the gate, before there is a route
         'lwd_http_requests_total{route="none",status="404"}': 1,
     }
     assert shown(served, "lwd_http_request_seconds")['lwd_http_request_seconds_count{route="/metrics"}'] >= 1
@@ -61,6 +61,8 @@ def test_metrics_are_shown_to_this_machine_only(served: Served) -> None:
     for host, status in (("127.0.0.1", 200), ("::1", 200), ("192.0.2.7", 404), ("2001:db8::1", 404)):
         request = Request({"type": "http", "client": (host, 1), "headers": []})
         assert observe.show(request).status_code == status, host
+    proxied = Request({"type": "http", "client": ("127.0.0.1", 1), "headers": [(b"x-forwarded-for", b"192.0.2.7")]})
+    assert observe.show(proxied).status_code == 404
 
 
 def test_without_a_port_nothing_is_shown(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hostile import Hostile, answer, hostile
+from hostile_service import Hostile, answer, hostile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -21,7 +22,10 @@ from flows.keys import app as keys
 from flows.robots import app as robots
 from flows.run import run_flow
 from flows.servers import app as servers
+from infra import interrupts
 from infra.errors import ConfigError, LwdError
+from infra.lifeline import kill_all
+from infra.loopback import ask_directly
 from infra.settings import default_home
 
 app = typer.Typer(
@@ -253,6 +257,7 @@ def status(home: Home = HOME) -> None:
 
     from flows.deployment import deployment, read_json
     from infra.catalog import schema
+    from infra.supervisor import isolated_parts
 
     with deployment(home) as plane:
         with plane.catalog.read() as connection:
@@ -271,6 +276,8 @@ def status(home: Home = HOME) -> None:
         out.print(f"champion: {plane.registry.alias('champion')}, previous: {plane.registry.alias('previous')}, "
             f"canary: {plane.registry.alias('canary')}")  # fmt: skip
         out.print(f"learner: {json.dumps(read_json(plane.settings.home / 'learner' / 'status.json'))}")
+        for line in isolated_parts(plane.settings.home):
+            out.print(line, markup=False)
 
 
 @app.command()
@@ -316,6 +323,8 @@ def robot(
 
 def main() -> None:
     """Entry point: errors that a user can act on are printed with their fix, without a traceback."""
+    interrupts.install(kill_all)
+    ask_directly()
     sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
@@ -325,16 +334,28 @@ def guarded(command: Callable[[], Any]) -> int:
 
     try:
         code = command()
+        interrupts.check()
     except LwdError as error:
+        if interrupts.asked():
+            return _stopped()
         console.print(f"[red]error:[/red] {error.problem}\n  [bold]fix:[/bold] {error.fix}", soft_wrap=True)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        say("\nstopped; the same command goes on from here")
-        return 130
+        return _stopped()
     except _UsageError as error:
         rich_utils.rich_format_error(error)  # type: ignore[arg-type]
         return ConfigError.exit_code
+    except Exception:
+        if interrupts.asked():  # a layer between here and there gave the stop another name
+            return _stopped()
+        raise
     return code if isinstance(code, int) else 0
+
+
+def _stopped() -> int:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        say(f"\n{interrupts.MESSAGE}")
+    return interrupts.exit_code()
 
 
 if __name__ == "__main__":

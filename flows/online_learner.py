@@ -25,6 +25,7 @@ import numpy as np
 
 from flows.deployment import Deployment, deployment
 from flows.params import Params, load_params
+from flows.processes import STATUS
 from flows.stages.common import BUFFER, CHECKPOINT, OFFLINE, n_step, replay_for
 from infra.errors import UnavailableError
 from infra.files import write_durably
@@ -37,7 +38,7 @@ from lwd_model.learner import Learner
 from lwd_model.ranks import AgreedReader, Ranks
 from lwd_model.shards import read_buffer
 
-STATUS, ROWS = "status.json", "training.jsonl"
+ROWS = "training.jsonl"
 _TELL_S = 1.0
 _SHUTDOWN_S = 10  # for a rank to leave when another has died
 

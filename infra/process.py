@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,20 +24,23 @@ from infra.errors import ConfigError, LwdError, UnavailableError
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+_SAME_S = 1.0  # the kernel, for the parent's death, and whoever ends the parent's command tell a process at once
 _SECRET = re.compile(
     r"(?i)((?:x-amz-(?:signature|credential|security-token)|password|secret|token)=)[^&\s'\"]+|(://[^:/@\s]+:)[^@\s]+(?=@)"
 )
 
 
 def stop_on_signal() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once. Main thread only."""
-    stop, asked = threading.Event(), False
+    """An event that SIGTERM and SIGINT set; another, a second later, ends the process at once. Main thread only."""
+    stop, asked_at = threading.Event(), None
 
     def handle(number: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(128 + number)
-        asked = True
+        nonlocal asked_at
+        if asked_at is not None:
+            if time.monotonic() - asked_at > _SAME_S:
+                os._exit(128 + number)
+            return
+        asked_at = time.monotonic()
         # By another thread: this one may be within stop.wait(), whose lock set() needs, and would wait for itself.
         _thread.start_new_thread(stop.set, ())
 

@@ -24,6 +24,7 @@ from infra.errors import ConfigError, LwdError, UnavailableError
 from infra.fleet.operator import ExpertOperator, Operator, PlayOperator
 from infra.fleet.rollout import ActionPolicy, Job, iterate_jobs
 from infra.fleet.tasks import TASKS, task
+from infra.process import die_with_parent
 
 DEMO_NOISE = 0.15
 _ATTEMPTS = 20
@@ -188,6 +189,7 @@ class _Work:
 
 def _work(work: _Work, done: Any) -> None:
     """A worker process: encoded episodes, or the error that stopped it, go to `done`."""
+    die_with_parent(work.parent, signal.SIGKILL)  # one that waits to hand in its episodes would not look
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its workers
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"

@@ -55,6 +55,18 @@ OBJECT_ERRORS = Counter(
     labels=("operation", "kind"),
 )
 
+# --- supervisor of the online stage -----------------------------------------------------------------------------------
+
+PART_ISOLATED = Gauge(
+    "lwd_part_isolated",
+    "1 while the process `part` keeps dying without progress and is started again after minutes, else 0.",
+    by="supervisor",
+    labels=("part",),
+)
+PART_RESTARTS = Counter(
+    "lwd_part_restarts_total", "Times that the process `part` was started again.", by="supervisor", labels=("part",)
+)
+
 # --- ingest service ---------------------------------------------------------------------------------------------------
 
 HTTP_REQUESTS = Counter(

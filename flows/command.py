@@ -18,3 +18,7 @@ def main() -> None:
     except KeyboardInterrupt:
         os.write(2, f"\n{interrupts.MESSAGE}\n".encode())
         sys.exit(interrupts.exit_code())
+
+
+if __name__ == "__main__":
+    main()

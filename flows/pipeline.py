@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from infra import interrupts, lifeline
 from infra.errors import ConfigError, LwdError
 from infra.exclusive import exclusive
 
-_HEARD_S = 2.0  # for a stage that the terminal's Ctrl-C has reached, before it is told by SIGTERM
 _STOP_S = 10.0  # for a stage to end, before SIGKILL
 _SIGNALS = {130, 143, 129, -2, -15, -1}  # exit codes of a stage that was told to stop
 _LOCKS = Path(".dvc/tmp/lwd")
@@ -101,6 +101,8 @@ class _Reproduction(threading.Thread):
     def run(self) -> None:
         from dvc.repo import Repo
 
+        # What DVC starts inherits this: the terminal's Ctrl-C is not for the stage, which this command tells in its turn.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with Repo() as repo:
                 self._ran = bool(repo.reproduce(targets=[self._stage], single_item=True))
@@ -109,7 +111,6 @@ class _Reproduction(threading.Thread):
 
     def end(self) -> None:
         """End the stage's processes, if need be by SIGKILL, and wait for DVC to notice."""
-        self.join(_HEARD_S)
         lifeline.end_all(chosen=lambda env: env.get("DVC_STAGE") == self._stage, patience_s=_STOP_S)
         self.join(_STOP_S)
 

@@ -3,8 +3,9 @@
     metrics.serve(settings, "coordinator")        # in main(); nothing happens unless `metrics_port` is set
     metrics.QUARANTINED.inc(stage="decode")       # anywhere; free while metrics are off
 
-Labels are bounded: `robot` is an enrolled robot, `stage`, `kind`, `result`, `operation` and `route` are words of this
-code. An episode's id is never a label: that is what traces are for (`infra.telemetry.tracing`).
+Labels are bounded: `robot` is an enrolled robot, `part` a process of the online stage; `stage`, `kind`, `result`,
+`operation` and `route` are words of this code. An episode's id is never a label: that is what traces are for
+(`infra.telemetry.tracing`).
 `docs/observability.md` explains each metric; `python -m infra.telemetry.metrics` prints its table.
 """
 

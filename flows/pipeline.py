@@ -101,7 +101,7 @@ class _Reproduction(threading.Thread):
     def run(self) -> None:
         from dvc.repo import Repo
 
-        # What DVC starts inherits this: the terminal's Ctrl-C is not for the stage, which this command tells in its turn.
+        # What DVC starts inherits this: the terminal's Ctrl-C is not for the stage, which `end` tells in its turn.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with Repo() as repo:

@@ -27,6 +27,7 @@ from infra.errors import ConfigError, LwdError
 from infra.lifeline import kill_all
 from infra.loopback import ask_directly
 from infra.settings import default_home
+from infra.surroundings import complete
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -325,7 +326,12 @@ def main() -> None:
     """Entry point: errors that a user can act on are printed with their fix, without a traceback."""
     interrupts.install(kill_all)
     ask_directly()
-    sys.exit(guarded(lambda: app(standalone_mode=False)))
+    sys.exit(guarded(_run))
+
+
+def _run() -> Any:
+    complete()
+    return app(standalone_mode=False)
 
 
 def guarded(command: Callable[[], Any]) -> int:

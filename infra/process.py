@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from infra.errors import ConfigError, LwdError, UnavailableError
+from infra.loopback import ask_directly
+from infra.surroundings import complete
 
 T = TypeVar("T")
 
@@ -82,7 +84,9 @@ def run_process(options: argparse.Namespace, work: Callable[[threading.Event], o
     if options.parent:
         die_with_parent(options.parent)
     stop = stop_on_signal()
+    ask_directly()
     try:
+        complete()
         work(stop)
     except LwdError as error:
         print(f"{label}: {error}", file=sys.stderr)

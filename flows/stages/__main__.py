@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from infra import interrupts, loopback
+from infra import interrupts, loopback, surroundings
 
 if __name__ == "__main__":  # before the imports that take their time
     interrupts.install()
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         end_with_ancestors()
     loopback.ask_directly()
     try:
+        surroundings.complete()
         with alone(argv[0]):
             importlib.import_module(f"flows.stages.{argv[0]}").run(load_params())
             interrupts.check()

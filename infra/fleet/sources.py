@@ -7,6 +7,7 @@ an operator who lets the policy run off the road, perturbed or not, and recovers
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import queue
@@ -155,7 +156,12 @@ def collect(
     if policy is not None and not isinstance(policy, (str, Path)):
         raise ConfigError("worker processes load policies themselves", "give the bundle's folder, or workers=0")
     context = multiprocessing.get_context("spawn")
-    done: Any = context.Queue()
+    try:
+        done: Any = context.Queue()
+    except OSError as error:  # no /dev/shm, or one that is full or read-only: no semaphores
+        logging.getLogger(__name__).warning("no worker processes (%s): all scenes run in this one", error)
+        yield from collect(jobs, policy, workers=0, **options)
+        return
     workers = max(1, min(workers, len(jobs)))
     bundle = None if policy is None else str(policy)
     processes = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from infra.errors import CorruptDataError, LeaseLostError, UnavailableError
 from infra.supervisor import PARTS, Supervisor, read_parts
 from infra.telemetry import metrics
 
+_STOP_S, _HURRY_S = 15.0, 5.0  # for the processes to end, after it and when it is interrupted
 ESSENTIAL = {"learner", "coordinator"}  # without them the stage comes to no end
 
 
@@ -88,8 +90,11 @@ def supervise(home: str, params_path: str) -> dict[str, int]:
             _watch(watch, lease, folder / "learner" / STATUS, params)
             supervisor.stop([spec.name for spec in robots], timeout_s=60.0)
             _drain(watch, plane)
+        except BaseException:  # robots first: while the others run, what they hold comes home; the rest stays in spools
+            supervisor.stop([spec.name for spec in robots if spec.name in supervisor.restarts], timeout_s=_HURRY_S)
+            raise
         finally:
-            supervisor.stop()
+            supervisor.stop(timeout_s=_STOP_S)
             lease.release()
         return supervisor.restarts
 
@@ -121,7 +126,7 @@ class Watch:
     def __init__(self, supervisor: Supervisor, patience_s: float) -> None:
         self.supervisor = supervisor
         self._patience_s = patience_s
-        self._told: dict[str, str] = {}  # part -> the cause that was shown
+        self._told: dict[str, tuple[str, str]] = {}  # part -> the cause that was shown
         self._isolated: set[str] = set()
 
     def poll(self) -> None:
@@ -134,9 +139,10 @@ class Watch:
         for name in self.supervisor.poll():
             cause = self.supervisor.cause(name)
             metrics.PART_RESTARTS.inc(part=name)
-            if self._told.get(name) != cause:  # once for each cause, however often it comes
-                self._told[name] = cause
-                say(f"  [yellow]{name} died and is started again[/yellow]; {escape(cause)}")
+            lines = re.sub(r"\d+", "", cause).splitlines()  # times and process numbers are no other cause
+            if lines and self._told.get(name) != (lines[0], lines[-1]):  # once for each, however often it comes
+                self._told[name] = (lines[0], lines[-1])
+                say(f"  [yellow]{name} died and is started again[/yellow]; it {escape(cause)}")
         isolated = self.supervisor.isolated
         for name in self._isolated - isolated.keys():
             say(f"  [green]{name} works again[/green]")
@@ -144,7 +150,7 @@ class Watch:
         for name in isolated.keys() - self._isolated:
             say(
                 f"  [bold red]{name} keeps dying and is isolated[/bold red]: started again after minutes; "
-                f"the rest of the stage goes on. {escape(self.supervisor.log(name))}"
+                f"the rest of the stage goes on. {escape(str(self.supervisor.log(name)))}"
             )
             metrics.PART_ISOLATED.set(1, part=name)
         self._isolated = set(isolated)

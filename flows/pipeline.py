@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -102,9 +101,8 @@ class _Reproduction(threading.Thread):
         from dvc.repo import Repo
 
         # What DVC starts inherits this: the terminal's Ctrl-C is not for the stage, which `end` tells in its turn.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with Repo() as repo:
+            with interrupts.held(), Repo() as repo:
                 self._ran = bool(repo.reproduce(targets=[self._stage], single_item=True))
         except BaseException as error:
             self._error = error

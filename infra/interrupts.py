@@ -7,15 +7,17 @@ swallow it all the same are covered by `asked`: nothing is begun after it, and t
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SAME_S = 0.25  # signals this close together are one: `timeout` sends its own twice, to the process and to its group
+OTHER_S = 5.0  # so is another signal this soon: Ctrl-C reaches a child, whose parent then tells it by SIGTERM
 GRACE_S = 60.0  # how long a command may take to stop
 MESSAGE = "stopped; the same command goes on from here"
 
@@ -37,7 +39,8 @@ class _State:
         self.process: int | None = None  # whose handlers these are; a forked child has the parent's state
         self.number: int | None = None
         self.at = 0.0
-        self.again = 0  # deliveries of our own of a signal that came at a moment that swallows exceptions
+        # Deliveries of our own of what came at a moment that swallows exceptions: sent, and seen by each reader.
+        self.sent = self.handled = self.heard = 0
         self.on_end: Callable[[], object] = lambda: None
 
 
@@ -67,6 +70,17 @@ def install(on_end: Callable[[], object] | None = None) -> None:
 def installed() -> bool:
     """Whether this process has the handlers."""
     return _state.process == os.getpid()
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block. Processes started in it are never interrupted by the terminal: one whose
+    interpreter is still starting would print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def asked() -> int | None:
@@ -105,10 +119,10 @@ def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    if _state.again:
-        _state.again -= 1
+    if _state.handled < _state.sent:
+        _state.handled += 1
     elif _state.number is not None:
-        if time.monotonic() - _state.at > SAME_S:
+        if _is_second(number, _state.number, _state.at):
             end_at_once()
         return
     else:
@@ -122,15 +136,22 @@ def handle(number: int, frame: FrameType | None) -> None:
 
 def _listen(ours: int) -> None:
     """Read what the C level was sent, also while the main thread is busy in C: the second signal ends all here."""
-    first = None
+    first: tuple[int, float] | None = None
     while True:
         for number in os.read(ours, 64):
-            if number not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) or _state.again:
+            if number not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 continue
-            if first is None:
-                first = time.monotonic()
-            elif time.monotonic() - first > SAME_S:
+            if _state.heard < _state.sent:
+                _state.heard += 1
+            elif first is None:
+                first = (number, time.monotonic())
+            elif _is_second(number, *first):
                 end_at_once()
+
+
+def _is_second(number: int, first: int, at: float) -> bool:
+    """Whether a signal is a second wish, rather than the first one in other words."""
+    return time.monotonic() - at > (SAME_S if number == first else OTHER_S)
 
 
 def _deadline() -> None:
@@ -140,7 +161,7 @@ def _deadline() -> None:
 
 def _deliver_again(number: int) -> None:
     time.sleep(0.05)
-    _state.again += 1
+    _state.sent += 1
     signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 

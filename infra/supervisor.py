@@ -71,6 +71,7 @@ class _Child:
     shortest: float = 0.0  # life since the last progress, seconds
     best: float = 0.0  # progress made so far
     cause: str = ""
+    log_from: int = 0  # where this life's output begins in the log
     isolated_at: float | None = None  # epoch
     due: float | None = None  # when to start it again
     finished: bool = False
@@ -159,11 +160,11 @@ class Supervisor:
         return self._children[name].cause
 
     def tail(self, name: str, lines: int = 12) -> str:
-        """The last lines of a child's log, each cut to a length that a screen bears."""
+        """The end of a child's log in its present or last life; lines are cut, and have no control characters."""
         with contextlib.suppress(OSError), self.log(name).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            file.seek(max(self._children[name].log_from, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             found = file.read().decode(errors="replace").splitlines()[-lines:]
-            return "\n".join(line[:_LINE_CHARACTERS] for line in found)
+            return "\n".join(_printable(line[:_LINE_CHARACTERS]) for line in found)
         return ""
 
     def stop(self, names: Sequence[str] | None = None, timeout_s: float = 30.0) -> list[str]:
@@ -221,6 +222,7 @@ class Supervisor:
 
     def _try(self, child: _Child) -> bool:
         """Start a child; whether that failed, which counts as a death."""
+        child.log_from = self._size(child.spec.name)
         try:
             child.process, child.started = self._spawn(child.spec), time.monotonic()
         except OSError as error:  # no memory, no process number, no such program
@@ -277,6 +279,11 @@ class Supervisor:
                 start_new_session=True,
             )
 
+    def _size(self, name: str) -> int:
+        with contextlib.suppress(OSError):
+            return self.log(name).stat().st_size
+        return 0
+
     def _output(self, name: str) -> Any:
         """The child's log; nowhere, if the disk has no room for the file or the folder."""
         try:
@@ -321,6 +328,11 @@ def _as_dict(child: _Child) -> dict[str, Any]:
         "name": child.spec.name, "state": state, "pid": child.process.pid if child.process is not None else None,
         "restarts": child.restarts, "deaths": child.deaths, "isolated_at": child.isolated_at, "cause": child.cause,
     }  # fmt: skip
+
+
+def _printable(line: str) -> str:
+    """Without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
 
 
 def _ending(code: int) -> str:

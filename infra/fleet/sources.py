@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from infra import interrupts
 from infra.episode import Episode, Source, decode, encode
 from infra.errors import ConfigError, LwdError, UnavailableError
 from infra.fleet.operator import ExpertOperator, Operator, PlayOperator
@@ -171,8 +172,9 @@ def collect(
         for i in range(workers)
     ]
     try:
-        for process in processes:
-            process.start()
+        with interrupts.held():
+            for process in processes:
+                process.start()
         for _ in range(len(jobs)):
             yield decode(_receive(done, processes))
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ from flows.console import console, say
 from flows.data import app as data
 from flows.keys import app as keys
 from flows.robots import app as robots
-from flows.run import run_flow
+from flows.run import run_flow, start_over
 from flows.servers import app as servers
 from infra import interrupts
 from infra.errors import ConfigError, LwdError
@@ -81,11 +82,8 @@ def demo(
 
     Ctrl-C stops cleanly; the same command goes on from there.
     """
-    if fresh:
-        from flows.demo import start_over
-
-        start_over(run_dir)
-    run_flow("demo", run_dir, port, run_dir=str(run_dir), params_path=str(params))
+    before = functools.partial(start_over, run_dir) if fresh else None
+    run_flow("demo", run_dir, port, before=before, run_dir=str(run_dir), params_path=str(params))
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from infra.loopback import ask_directly
 _PIPELINE = {"demo", "collect", "offline"}  # flows that run stages of dvc.yaml
 
 
-def run_flow(name: str, home: Path, port: int | None, /, **arguments: Any) -> Any:
+def run_flow(
+    name: str, home: Path, port: int | None, /, *, before: Callable[[], None] | None = None, **arguments: Any
+) -> Any:
     """Run a Prefect flow by name, with a server of its own unless PREFECT_API_URL names one.
+
+    `before` is done first, once no other command can be at work on the same.
 
     Whichever way this ends, nothing that it started lives on, and no second command runs the same flow beside it.
 
@@ -38,6 +44,8 @@ def run_flow(name: str, home: Path, port: int | None, /, **arguments: Any) -> An
         if name in _PIPELINE and (lock := held.enter_context(pipeline.alone("training"))) is not None:
             locks.append(lock)
         held.enter_context(lifeline(locks))
+        if before is not None:
+            before()
         from flows.prefect_server import prefect_server
 
         say("starting Prefect …")
@@ -60,3 +68,12 @@ def _keep_our_handler() -> None:
 
     if interrupts.installed() and hasattr(engine, "_prefect_sigterm_handler"):
         engine._prefect_sigterm_handler = interrupts.handle
+
+
+def start_over(run_dir: Path) -> None:
+    """Forget a run; the pipeline's data and models stay, DVC knows whether they are up to date."""
+    for path in run_dir.iterdir() if run_dir.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.suffix != ".lock":  # this command's own
+            path.unlink()

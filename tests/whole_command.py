@@ -18,6 +18,7 @@ from types import TracebackType
 import psutil
 from waiting import wait_until
 
+ROOT = Path(__file__).parents[1]
 _MARK = "TEST_OF_A_WHOLE_COMMAND"
 
 
@@ -38,8 +39,8 @@ class Command:
     ) -> None:
         self.mark = secrets.token_hex(8)
         given: dict[str, str | None] = {
-            **os.environ, "PREFECT_API_URL": None, "LWD_HOME": None, "PYTHONPATH": str(folder), _MARK: self.mark,
-            **(environment or {}),
+            **os.environ, "PREFECT_API_URL": None, "LWD_HOME": None, _MARK: self.mark,
+            "PYTHONPATH": str(folder if (folder / "flows").is_dir() else ROOT), **(environment or {}),
         }  # fmt: skip
         self._terminal, theirs = pty.openpty()
         self._output = bytearray()

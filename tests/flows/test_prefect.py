@@ -18,11 +18,12 @@ import pytest
 import yaml
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
+from whole_command import Command
 
 from flows.prefect_server import prefect_server
 from infra.errors import UnavailableError
 from infra.servers.prefect import CREDENTIAL
-from infra.servers.toolchain import HOST
+from infra.servers.toolchain import HOST, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,3 +127,21 @@ def test_a_port_in_use_is_named(tmp_path, monkeypatch):
             prefect_server(tmp_path, port=port),
         ):
             pass
+
+
+@pytest.mark.timeout(300)
+def test_a_server_for_workers_runs_until_ctrl_c_and_keeps_its_credential(tmp_path):
+    port = free_port()
+    with Command(tmp_path, "servers", "prefect", "--port", str(port), "--home", "a home") as command:
+        command.says("export PREFECT_API_AUTH_STRING=")
+        key = (tmp_path / "a home" / "prefect" / CREDENTIAL).read_text()
+        assert key not in command.output
+        url = f"http://{HOST}:{port}/api/work_pools/filter"
+        assert ask(url, b"{}", Content_Type="application/json")[0] == 401
+        assert ask(url, b"{}", Content_Type="application/json", Authorization=basic(key))[0] == 200
+        with Command(tmp_path, "servers", "prefect", "--port", str(port), "--home", "a home") as second:
+            assert second.ends() == 6 and f"process {command.process.pid}" in second.output
+        command.press()
+        assert command.ends() == 130
+        command.leaves_nothing()
+    assert (tmp_path / "a home" / "prefect" / CREDENTIAL).read_text() == key

@@ -70,12 +70,14 @@ def test_one_ctrl_c_ends_the_command(folder: Path, moment: str) -> None:
         assert states(folder, home) == {"CRASHED"}
 
 
-@pytest.mark.parametrize("moment", ["server", "stage"])
-def test_sigterm_ends_the_command_and_all_that_it_started(folder: Path, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("moment", "number"), [("server", signal.SIGTERM), ("stage", signal.SIGTERM), ("stage", signal.SIGHUP)]
+)
+def test_a_signal_ends_the_command_and_all_that_it_started(folder: Path, moment: str, number: int) -> None:
     with train(folder) as command:
         at(command, moment)
-        command.process.terminate()
-        assert command.ends() == 143, command.output
+        command.process.send_signal(number)
+        assert command.ends() == 128 + number, command.output
         command.leaves_nothing(1.0)
         assert "error:" not in command.output and "Traceback" not in command.output, command.output
 

@@ -77,13 +77,16 @@ def run(stage: str) -> bool:
         os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
     logging.getLogger("dvc").setLevel(logging.ERROR)  # the flow says what runs; DVC would say it twice
     work = _Reproduction(stage)
-    work.start()
-    try:
-        while work.is_alive():
-            work.join(0.2)
-    except BaseException:
-        work.end()
-        raise
+    with contextlib.ExitStack() as own:
+        if lifeline.MARK not in os.environ:  # a flow that a Prefect worker runs, without a command of ours
+            own.enter_context(lifeline.lifeline())
+        work.start()
+        try:
+            while work.is_alive():
+                work.join(0.2)
+        except BaseException:
+            work.end()
+            raise
     interrupts.check()
     return work.outcome()
 

@@ -134,6 +134,17 @@ def test_a_stage_ends_with_dvc_repro(folder: Path, number: int, shell: str) -> N
         dvc.leaves_nothing()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_ends_with_a_flow_that_no_command_of_ours_runs(folder: Path, number: int) -> None:
+    """As a Prefect worker does; there, the default handlers apply."""
+    code = "from flows import pipeline; pipeline.run('demonstrations')"
+    with Command(folder, code, program=(sys.executable, "-c")) as flow:
+        at(flow, "stage")
+        flow.process.send_signal(number)
+        flow.ends()
+        flow.leaves_nothing()
+
+
 def test_ctrl_c_ends_dvc_repro_and_its_stage(folder: Path) -> None:
     with repro(folder) as dvc:
         at(dvc, "stage")

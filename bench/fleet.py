@@ -83,7 +83,9 @@ class Fleet:
         except BaseException:
             self._remove()
             raise
-        self.supervisor = Supervisor(self.home / "logs", max_quick_deaths=1000, backoff_s=0.1, quick_s=0.5)
+        self.supervisor = Supervisor(
+            self.home / "logs", max_deaths=1000, backoff_s=0.1, longest_pause_s=1.0, quick_s=0.5
+        )
         self._cpu: dict[str, dict[int, float]] = {}
 
     def start_servers(self) -> None:

@@ -23,6 +23,7 @@ import yaml
 
 from bench.envelope import RESULTS, Envelope
 from bench.workspace import ROOT, freeze, merged
+from infra.lifeline import MARK, lifeline
 from lwd_model.evaluation import EpisodeResult, method_record
 
 matplotlib.use("Agg")
@@ -43,7 +44,9 @@ def run_seed(suite: str, seed: int) -> dict[str, Any]:
     if not result.exists():
         # The workspace's own copy of the code comes first; this environment's installation of it is never imported.
         environment = os.environ | {"PYTHONPATH": str(folder)}
-        subprocess.run([sys.executable, "-m", "bench.learning_seed"], cwd=folder, check=True, env=environment)
+        command = [sys.executable, "-m", "bench.learning_seed"]
+        with lifeline() as mark:
+            subprocess.run(command, cwd=folder, check=True, env=environment | {MARK: mark})
     return dict(json.loads(result.read_text()))
 
 

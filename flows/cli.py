@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -20,11 +22,15 @@ from flows.console import bold, console, out, red, say
 from flows.data import app as data
 from flows.keys import app as keys
 from flows.robots import app as robots
-from flows.run import run_flow
+from flows.run import run_flow, start_over
 from flows.servers import app as servers
+from infra import interrupts
 from infra.errors import ConfigError
+from infra.lifeline import kill_all
+from infra.loopback import ask_directly
 from infra.process import write_any_text
 from infra.settings import default_home
+from infra.surroundings import complete
 from infra.unexpected import explained
 
 app = typer.Typer(
@@ -78,11 +84,8 @@ def demo(
 
     Ctrl-C stops cleanly; the same command goes on from there.
     """
-    if fresh:
-        from flows.demo import start_over
-
-        start_over(run_dir)
-    run_flow("demo", run_dir, port, run_dir=str(run_dir), params_path=str(params))
+    before = functools.partial(start_over, run_dir) if fresh else None
+    run_flow("demo", run_dir, port, before=before, run_dir=str(run_dir), params_path=str(params))
 
 
 @app.command()
@@ -292,6 +295,7 @@ def status(home: Home = HOME) -> None:
 
     from flows.deployment import deployment, read_json
     from infra.catalog import schema
+    from infra.supervisor import isolated_parts
 
     with deployment(home) as plane:
         with plane.catalog.read() as connection:
@@ -310,6 +314,8 @@ def status(home: Home = HOME) -> None:
         out.print(f"champion: {plane.registry.alias('champion')}, previous: {plane.registry.alias('previous')}, "
             f"canary: {plane.registry.alias('canary')}")  # fmt: skip
         out.print(f"learner: {json.dumps(read_json(plane.settings.home / 'learner' / 'status.json'))}")
+        for line in isolated_parts(plane.settings.home):
+            out.print(line, markup=False)
 
 
 @app.command()
@@ -356,7 +362,14 @@ def robot(
 def main() -> None:
     """Entry point: errors that a user can act on are printed with their fix, without a traceback."""
     write_any_text()
-    sys.exit(guarded(lambda: app(standalone_mode=False)))
+    interrupts.install(kill_all)
+    ask_directly()
+    sys.exit(guarded(_run))
+
+
+def _run() -> Any:
+    complete()
+    return app(standalone_mode=False)
 
 
 def guarded(command: Callable[[], Any]) -> int:
@@ -365,9 +378,9 @@ def guarded(command: Callable[[], Any]) -> int:
 
     try:
         code = command()
+        interrupts.check()
     except (KeyboardInterrupt, typer.Abort):
-        say("\nstopped; the same command goes on from here")
-        return 130
+        return _stopped()
     except _UsageError as error:
         rich_utils.rich_format_error(error)  # type: ignore[arg-type]
         return ConfigError.exit_code
@@ -375,10 +388,18 @@ def guarded(command: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
+        if interrupts.asked():  # a layer between here and there gave the stop another name
+            return _stopped()
         known = explained(error)
         console.print(red("error:"), f" {known.problem}\n  ", bold("fix:"), f" {known.fix}", sep="", soft_wrap=True)
         return known.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _stopped() -> int:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        say(f"\n{interrupts.MESSAGE}")
+    return interrupts.exit_code()
 
 
 if __name__ == "__main__":

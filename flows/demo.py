@@ -7,7 +7,6 @@ goes on from there: DVC knows what is done, the catalog and the learner's checkp
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -94,11 +93,6 @@ def _started(folder: Path) -> float:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"at": time.time()}))
     return float(json.loads(path.read_text())["at"])
-
-
-def start_over(run_dir: Path) -> None:
-    """Forget a run; the pipeline's data and models stay, DVC knows whether they are up to date."""
-    shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def _gate(folder: Path, plane: Deployment, params: Params, candidate: int, name: str, against: str) -> None:

@@ -11,9 +11,15 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows import pipeline
 from flows.console import bold, say
+from infra import interrupts
 
 
-@task(task_run_name="{stage}", retries=1, retry_delay_seconds=2)
+def _is_failure(*_: Any) -> bool:
+    """Whether a task may be tried again: what somebody stopped may not."""
+    return interrupts.asked() is None
+
+
+@task(task_run_name="{stage}", retries=1, retry_delay_seconds=2, retry_condition_fn=_is_failure)
 def reproduce(stage: str) -> bool:
     """Reproduce one stage; True where it ran, False where nothing had changed."""
     say(bold(f"stage {stage}"))

@@ -30,6 +30,7 @@ from flows.learner_health import Recovery
 from flows.learner_intake import Intake
 from flows.learner_lease import LearnerLease
 from flows.params import Params, load_params
+from flows.processes import STATUS
 from flows.stages.checked import checked_episodes
 from flows.stages.common import BUFFER, CHECKPOINT, OFFLINE, n_step, replay_for
 from infra.errors import UnavailableError
@@ -42,7 +43,7 @@ from lwd_model.chunks import Batch, Replay, mixed_sample
 from lwd_model.learner import Learner
 from lwd_model.ranks import AgreedReader, Ranks
 
-STATUS, ROWS = "status.json", "training.jsonl"
+ROWS = "training.jsonl"
 _TELL_S = 1.0
 _SHUTDOWN_S = 10  # for a rank to leave when another has died
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import UnavailableError
+from infra.loopback import ask_directly
+from infra.servers.prefect import credential, server_command, server_environment
 from infra.servers.toolchain import HOST, free_port, http_status, refusal
 
 QUIET = {
@@ -19,6 +22,7 @@ QUIET = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
 }
+_STOP_S = 15.0
 
 
 @contextmanager
@@ -28,12 +32,13 @@ def prefect_server(home: Path, *, port: int | None = None, start_timeout_s: floa
     Where `PREFECT_API_URL` is set already, that server is used and none is started.
 
     Args:
-        home: folder of the server's SQLite database and of its log.
+        home: folder of the server's SQLite database, of its log and of its credential.
         port: a fixed port, or any free one.
 
     Raises:
         UnavailableError: the port is in use, or the server did not answer in time; its log is named.
     """
+    ask_directly()
     if url := os.environ.get("PREFECT_API_URL"):
         yield url
         return
@@ -45,26 +50,40 @@ def prefect_server(home: Path, *, port: int | None = None, start_timeout_s: floa
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     url = f"http://{HOST}:{port}/api"
-    os.environ.update(QUIET, PREFECT_HOME=str(home), PREFECT_API_URL=url)
+    ours = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": credential(home)}
+    before = {name: os.environ.get(name) for name in ours}
     log = home / "server.log"
     # A session of its own: Ctrl-C reaches the flow first, which still needs the server to record how it ended.
     with log.open("ab") as out:
         server = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
+            server_command(port),
             stdout=out,
             stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **QUIET, "PREFECT_HOME": str(home), **server_environment(home, port)},
             start_new_session=True,
         )
     try:
+        os.environ.update(QUIET, PREFECT_HOME=str(home), **ours)
         _await(url, server, log, start_timeout_s)
         yield url
     finally:
-        server.terminate()
-        try:
-            server.wait(15)
-        except subprocess.TimeoutExpired:
-            server.kill()
-        os.environ.pop("PREFECT_API_URL", None)
+        _stop(server)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and SIGKILL to its whole session where that takes too long."""
+    server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(_STOP_S)
+    with contextlib.suppress(OSError):  # nobody is left
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def _await(url: str, server: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:

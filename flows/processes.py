@@ -11,13 +11,15 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from flows.deployment import Deployment
+from flows.deployment import Deployment, read_json
 from flows.params import Params
 from infra.fleet.robot import RobotConfig, robot_command, robot_environment
 from infra.service.auth import Tokens
 from infra.supervisor import ProcessSpec
 
+STATUS = "status.json"  # of the learner, in its folder
 CHECK = "data_contracts.checks:default_check"
 SHIELD = "data_contracts.shield:default_shield"
 RECONCILE_S = 60.0  # pause between two passes, seconds
@@ -43,9 +45,16 @@ def server_specs(home: Path, profile: str) -> list[ProcessSpec]:
 
 
 def learner_spec(home: Path, params: Params, params_path: Path) -> ProcessSpec:
-    """The learner, with as many threads as `workers`."""
+    """The learner, with as many threads as `workers`; its progress are its updates."""
     spec = _spec("learner", "flows.online_learner", home, "--params", str(params_path))
-    return replace(spec, env={"OMP_NUM_THREADS": str(params.workers)})
+    status = home / "learner" / STATUS
+    return replace(spec, env={"OMP_NUM_THREADS": str(params.workers)}, progress=lambda: updates_done(read_json(status)))
+
+
+def updates_done(status: dict[str, Any]) -> int:
+    """The updates that a learner's status tells of; 0 where it tells of none."""
+    done = status.get("updates")
+    return done if isinstance(done, int) else 0
 
 
 def robot_specs(plane: Deployment, params: Params) -> list[ProcessSpec]:

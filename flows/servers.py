@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +12,7 @@ import typer
 from rich.table import Table
 
 from flows.console import out, say
-from infra.errors import ConfigError
+from infra.errors import ConfigError, UnavailableError
 from infra.settings import default_home
 
 if TYPE_CHECKING:  # the servers' clients take a second to import, which no other command should wait for
@@ -56,8 +58,35 @@ def up(
         say(f"{server.name:<9} 127.0.0.1:{server.port}")
     out.print(f"settings: {write_settings(home, servers.settings(names))}", soft_wrap=True)
     if "prefect" in names:
-        out.print(f"Prefect:  export PREFECT_API_URL={servers.prefect.api_url}", soft_wrap=True)
+        _say_how_to_reach(servers.prefect.api_url, servers.prefect.data)
     out.print(f"next:     lwd migrate --home {home}; lwd online --home {home}", soft_wrap=True)
+
+
+@app.command()
+def prefect(
+    home: Annotated[Path, typer.Option(help="Deployment; tables and credential lie in its folder `prefect`.")] = (
+        default_home()  # noqa: B008
+    ),
+    port: Annotated[int, typer.Option(help="Where it listens, on loopback.")] = 4200,
+) -> None:
+    """Run a Prefect server for workers and schedules until Ctrl-C: on loopback, with a credential."""
+    import time
+
+    from flows.prefect_server import prefect_server
+    from infra.exclusive import exclusive
+    from infra.lifeline import lifeline
+    from infra.servers.toolchain import http_status
+
+    if url := os.environ.get("PREFECT_API_URL"):
+        raise ConfigError(f"PREFECT_API_URL names the server {url}", "unset PREFECT_API_URL to run one here")
+    folder = home / "prefect"
+    with exclusive(folder / "server.lock", f"Prefect's server of {home}") as lock, lifeline([lock]):
+        say("starting Prefect …")
+        with prefect_server(folder, port=port) as url:
+            _say_how_to_reach(url, folder)
+            while http_status(f"{url}/health") is not None:
+                time.sleep(2.0)
+    raise UnavailableError("Prefect's server has ended", f"read {folder / 'server.log'} for the cause")
 
 
 @app.command()
@@ -81,6 +110,17 @@ def status(data: Data = None) -> None:
         )
     out.print(table)
     raise typer.Exit(1 if crashed else 0)
+
+
+def _say_how_to_reach(api_url: str, folder: Path) -> None:
+    """What a terminal needs in which `prefect` and `lwd` use this server; the credential itself is not shown."""
+    from infra.servers.prefect import CREDENTIAL
+
+    path = shlex.quote(str((folder / CREDENTIAL).resolve()))
+    out.print("Prefect, in each terminal that uses it:", soft_wrap=True)
+    out.print(f"  export PREFECT_API_URL={api_url}", soft_wrap=True)
+    out.print(f'  export PREFECT_API_AUTH_STRING="$(cat {path})"', soft_wrap=True)
+    out.print(f"  its pages: {api_url.removesuffix('/api')}, which ask for the same", soft_wrap=True)
 
 
 def _servers(data: Path | None = None, ports: dict[str, int] | None = None) -> Servers:

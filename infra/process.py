@@ -22,26 +22,31 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from infra.errors import ConfigError, UnavailableError, shown
+from infra.loopback import ask_directly
+from infra.surroundings import complete
 from infra.unexpected import explained
 
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
 _KINDS, _ERRORS = 1024, 0.05  # kinds of records that a FloodFilter tells apart; of errors fewer pass
+_SAME_S = 1.0  # the kernel, for the parent's death, and whoever ends the parent's command tell a process at once
 _SECRET = re.compile(
     r"(?i)((?:x-amz-(?:signature|credential|security-token)|password|secret|token)=)[^&\s'\"]+|(://[^:/@\s]+:)[^@\s]+(?=@)"
 )
 
 
 def stop_on_signal() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once. Main thread only."""
-    stop, asked = threading.Event(), False
+    """An event that SIGTERM and SIGINT set; another, a second later, ends the process at once. Main thread only."""
+    stop, asked_at = threading.Event(), None
 
     def handle(number: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(128 + number)
-        asked = True
+        nonlocal asked_at
+        if asked_at is not None:
+            if time.monotonic() - asked_at > _SAME_S:
+                os._exit(128 + number)
+            return
+        asked_at = time.monotonic()
         # By another thread: this one may be within stop.wait(), whose lock set() needs, and would wait for itself.
         _thread.start_new_thread(stop.set, ())
 
@@ -84,7 +89,9 @@ def run_process(options: argparse.Namespace, work: Callable[[threading.Event], o
         die_with_parent(options.parent)
     stop = stop_on_signal()
     write_any_text()
+    ask_directly()
     try:
+        complete()
         work(stop)
     except Exception as error:
         known = explained(error)

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     spool_max_mib: int = Field(256, gt=0, description="a robot's local spool; when full, collection stops safely")
     cache_max_mib: int = Field(2048, gt=0, description="disk budget of a reader's prefetcher")
     micro_batch: int = Field(8, gt=0, description="episodes that the coordinator commits in one snapshot")
+    patience_s: float = Field(
+        1800.0,
+        ge=0,
+        description="how long the stage goes on while its learner or coordinator keeps dying, seconds",
+    )
     lease_s: float = Field(10.0, gt=0, description="coordinator's lease, seconds")
     poll_s: float = Field(0.2, gt=0, description="pause between polls of an idle process, seconds")
     fetch_retries: int = Field(5, ge=1, description="tries per object before it is quarantined")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
+
+from infra import interrupts, loopback, surroundings
+
+if __name__ == "__main__":  # before the imports that take their time
+    interrupts.install()
 
 from flows.console import console
 from flows.params import load_params
-from infra.process import write_any_text
+from flows.pipeline import alone
+from infra.lifeline import end_with_ancestors
+from infra.process import die_with_parent, write_any_text
 from infra.unexpected import explained
 
 NAMES = ("demonstrations", "sft", "rollouts", "play", "validate", "buffer", "offline", "evaluate", "report")
@@ -18,11 +27,19 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0] not in NAMES:
         console.print(f"usage: python -m flows.stages {{{','.join(NAMES)}}}")
         return 2
+    if "DVC_STAGE" in os.environ:
+        die_with_parent(os.getppid())
+        end_with_ancestors()
+    loopback.ask_directly()
     try:
-        importlib.import_module(f"flows.stages.{argv[0]}").run(load_params())
+        surroundings.complete()
+        with alone(argv[0]):
+            importlib.import_module(f"flows.stages.{argv[0]}").run(load_params())
+            interrupts.check()
     except KeyboardInterrupt:
-        console.print(f"stage {argv[0]}: stopped; the same command runs it again")
-        return 130
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            console.print(f"stage {argv[0]}: stopped; the same command runs it again")
+        return interrupts.exit_code()
     except Exception as error:
         known = explained(error)
         console.print(f"stage {argv[0]}: {known}", soft_wrap=True)

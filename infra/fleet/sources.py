@@ -7,6 +7,7 @@ an operator who lets the policy run off the road, perturbed or not, and recovers
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import queue
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from infra import interrupts
 from infra.edge.shield import Limits
 from infra.edge.watchdog import ActionPolicy
 from infra.episode import Episode, Source, decode, encode
@@ -26,6 +28,7 @@ from infra.errors import ConfigError, LwdError, UnavailableError
 from infra.fleet.operator import ExpertOperator, Operator, PlayOperator
 from infra.fleet.rollout import Job, iterate_jobs
 from infra.fleet.tasks import TASKS, task
+from infra.process import die_with_parent
 
 DEMO_NOISE = 0.15
 _ATTEMPTS = 20
@@ -158,7 +161,12 @@ def collect(
     if policy is not None and not isinstance(policy, (str, Path)):
         raise ConfigError("worker processes load policies themselves", "give the bundle's folder, or workers=0")
     context = multiprocessing.get_context("spawn")
-    done: Any = context.Queue()
+    try:
+        done: Any = context.Queue()
+    except OSError as error:  # no /dev/shm, or one that is full or read-only: no semaphores
+        logging.getLogger(__name__).warning("no worker processes (%s): all scenes run in this one", error)
+        yield from collect(jobs, policy, workers=0, **options)
+        return
     workers = max(1, min(workers, len(jobs)))
     bundle = None if policy is None else str(policy)
     processes = [
@@ -168,8 +176,9 @@ def collect(
         for i in range(workers)
     ]
     try:
-        for process in processes:
-            process.start()
+        with interrupts.held():
+            for process in processes:
+                process.start()
         for _ in range(len(jobs)):
             yield decode(_receive(done, processes))
     finally:
@@ -192,6 +201,7 @@ class _Work:
 
 def _work(work: _Work, done: Any) -> None:
     """A worker process: encoded episodes, or the error that stopped it, go to `done`."""
+    die_with_parent(work.parent, signal.SIGKILL)  # one that waits to hand in its episodes would not look
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its workers
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"

@@ -15,6 +15,7 @@ import psutil
 
 from infra.errors import ConfigError, UnavailableError
 from infra.files import write_durably
+from infra.lifeline import MARK
 from infra.servers.toolchain import HOST, answers, free_port, identity, locked, refusal
 
 _PORT_S = 3.0  # a killed process's last threads may hold its port a little longer than its number
@@ -179,7 +180,7 @@ class Server(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **env},
+                env={**_unmarked(os.environ), **env},
                 cwd="/",
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
                 **identity(self.user()),
@@ -230,6 +231,11 @@ class Server(ABC):
         """Collect the process if it is a child of this one that has ended; other children are not ours to collect."""
         with contextlib.suppress(OSError, ValueError):
             os.waitpid(int((self.data / "pid").read_text().split()[0]), os.WNOHANG)
+
+
+def _unmarked(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without the mark of the command that starts it: it outlives that command."""
+    return {name: value for name, value in environment.items() if name != MARK}
 
 
 def _send(number: int, processes: Sequence[psutil.Process]) -> None:

@@ -25,6 +25,7 @@ from infra.errors import ConfigError
 HOST = "127.0.0.1"
 _FIRST_PORT = 20_000
 _given: set[int] = set()  # by this process: one that is not listened on yet is not given twice
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not reached through a proxy
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -127,9 +128,9 @@ def _listener(port: int) -> str:
 
 
 def http_status(url: str) -> int | None:
-    """The status that a GET is answered with; None if there is no answer, or none in HTTP."""
+    """The status that a GET on this machine is answered with; None if there is no answer, or none in HTTP."""
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:
+        with _direct.open(url, timeout=2.0) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code

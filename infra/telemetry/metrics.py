@@ -3,8 +3,9 @@
     metrics.serve(settings, "coordinator")        # in main(); nothing happens unless `metrics_port` is set
     metrics.QUARANTINED.inc(stage="decode")       # anywhere; free while metrics are off
 
-Labels are bounded: `robot` is an enrolled robot, `stage`, `kind`, `result`, `operation` and `route` are words of this
-code. An episode's id is never a label: that is what traces are for (`infra.telemetry.tracing`).
+Labels are bounded: `robot` is an enrolled robot, `part` a process of the online stage; `stage`, `kind`, `result`,
+`operation` and `route` are words of this code. An episode's id is never a label: that is what traces are for
+(`infra.telemetry.tracing`).
 `docs/observability.md` explains each metric; `python -m infra.telemetry.metrics` prints its table.
 """
 
@@ -53,6 +54,18 @@ OBJECT_ERRORS = Counter(
     "Operations on the object store that failed; kind: unavailable, full, refused, corrupt.",
     by="any",
     labels=("operation", "kind"),
+)
+
+# --- supervisor of the online stage -----------------------------------------------------------------------------------
+
+PART_ISOLATED = Gauge(
+    "lwd_part_isolated",
+    "1 while the process `part` keeps dying without progress and is started again after minutes, else 0.",
+    by="supervisor",
+    labels=("part",),
+)
+PART_RESTARTS = Counter(
+    "lwd_part_restarts_total", "Times that the process `part` was started again.", by="supervisor", labels=("part",)
 )
 
 # --- ingest service ---------------------------------------------------------------------------------------------------

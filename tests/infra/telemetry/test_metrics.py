@@ -65,6 +65,7 @@ def test_names_carry_their_unit_and_labels_are_bounded(name: str) -> None:
         assert list(metric.buckets) == sorted(set(metric.buckets))
     assert set(metric.labels) <= {
         "robot",
+        "part",
         "cohort",
         "stage",
         "kind",

@@ -89,6 +89,8 @@ def test_your_robot_records_sends_and_is_read_back(tmp_path: Path) -> None:
     transition = contracts / "transition.odcs.yaml"
     for name, size in re.findall(r"set `(\w+_dim)` to `(\d+)`", text):
         transition.write_text(re.sub(rf"(property: {name}\s+value: )\d+", rf"\g<1>{size}", transition.read_text()))
+    shield = re.compile(r"  - property: shield\n    value:\n(?:      .*\n)+")
+    transition.write_text(shield.sub("", transition.read_text()))
     page.env["LWD_CONTRACTS"] = str(contracts)
 
     command = [sys.executable, "-m", "infra.coordinator", "--home", "runs/mine", "--check",

@@ -24,6 +24,7 @@ OTHERS = {
     "LWD_CONTRACTS": "a folder of edited contracts",
     "LWD_SERVERS_DIR": "programs and data of `lwd servers`",
     "LWD_CRASHPOINT": "where a test kills a process",
+    "LWD_COMMAND_ID": "the command that started this process (infra.lifeline)",
 }
 """Variables that are no settings of a deployment."""
 

@@ -88,7 +88,8 @@ def test_your_robot_records_sends_and_is_read_back(tmp_path: Path) -> None:
     episode.write_text(listed.sub(rf"\g<1>{task.rstrip()}\n", episode.read_text(), count=1))
     transition = contracts / "transition.odcs.yaml"
     for name, size in re.findall(r"set `(\w+_dim)` to `(\d+)`", text):
-        transition.write_text(re.sub(rf"(property: {name}\b[^\n]*\n\s+value: )\d+", rf"\g<1>{size}", transition.read_text()))
+        said = re.compile(rf"(property: {name}\b[^\n]*\n\s+value: )\d+")
+        transition.write_text(said.sub(rf"\g<1>{size}", transition.read_text()))
     shield = re.compile(r"  - property: shield\n    value:\n(?:      .*\n)+")
     transition.write_text(shield.sub("", transition.read_text()))
     page.env["LWD_CONTRACTS"] = str(contracts)

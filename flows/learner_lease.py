@@ -1,7 +1,11 @@
-"""One learner on a home: rank 0 holds a lease for all ranks, and nothing is published or saved without it."""
+"""One learner on a home: rank 0 holds a lease for all ranks, and nothing is published or saved without it.
+
+A thread renews it, so that a long update, start or upload does not end it; a learner that is stopped stops renewing.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -9,11 +13,12 @@ import sqlalchemy as sa
 
 from infra.catalog import Catalog
 from infra.catalog.leases import Lease
-from infra.errors import LeaseLostError
+from infra.errors import LeaseLostError, LwdError
 from infra.process import patiently
 
 LEARNER = "learner"
 _MARGIN_S = 1.0
+_log = logging.getLogger("lwd.learner")
 
 
 class LearnerLease:
@@ -25,7 +30,9 @@ class LearnerLease:
 
     def __init__(self, catalog: Catalog, seconds: float) -> None:
         self._catalog, self._lease = catalog, Lease(catalog, LEARNER, seconds)
-        self._renew_at = 0.0
+        self._lost: LeaseLostError | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def acquire(self, stop: threading.Event) -> None:
         """Take it. The hold of one that was killed is waited out; that of one that lives never ends.
@@ -41,18 +48,17 @@ class LearnerLease:
             except LeaseLostError:
                 if time.monotonic() >= end or stop.wait(self._lease.seconds / 20):
                     raise
-        self._renewed()
+        self._thread.start()
 
-    def renew(self, stop: threading.Event) -> None:
-        """Renew when a third of it has passed; LeaseLostError if another took it."""
-        if time.monotonic() >= self._renew_at:
-            patiently(self.prove, stop)
+    def require(self) -> None:
+        """LeaseLostError if another learner was seen to have taken it."""
+        if self._lost is not None:
+            raise self._lost
 
     def prove(self) -> None:
         """Renew now, or refuse what was to be written: LeaseLostError if another took it."""
         with self._catalog.begin() as connection:
             self.guard(connection)
-        self._renewed()
 
     def guard(self, connection: sa.Connection) -> None:
         """As `prove`, within the transaction that writes."""
@@ -60,7 +66,17 @@ class LearnerLease:
 
     def release(self) -> None:
         """Let another take over at once."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
         self._lease.release()
 
-    def _renewed(self) -> None:
-        self._renew_at = time.monotonic() + self._lease.seconds / 3
+    def _renew(self) -> None:
+        while not self._ended.wait(self._lease.seconds / 3):
+            try:
+                self.prove()
+            except LeaseLostError as error:
+                self._lost = error
+                return
+            except LwdError as error:  # nobody else can take it from a catalog that does not answer
+                _log.warning("the learner's lease was not renewed: %s", error.problem)

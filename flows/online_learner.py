@@ -107,6 +107,8 @@ class OnlineLearner:
             if problem is None and self.publishes:
                 problem = self.recovery.judge_weights()
             if problem is not None:
+                if self.lease is not None:
+                    self.lease.prove()  # a checkpoint is written
                 self.recovery.fall(problem)
                 return None
         for kind, value in (row or {}).items():
@@ -236,7 +238,7 @@ def _run(loop: OnlineLearner, stop: threading.Event) -> None:
             for increment in (new := reader.advance(target)):
                 loop.take(increment, stop)
             if loop.lease is not None:
-                loop.lease.renew(stop)
+                loop.lease.require()
             if not new:
                 stop.wait(plane.settings.poll_s)
         loop.fresh.clear()  # those were drawn from in an earlier life
@@ -244,7 +246,7 @@ def _run(loop: OnlineLearner, stop: threading.Event) -> None:
             for increment in reader.advance():
                 loop.take(increment, stop)
             if loop.lease is not None:
-                loop.lease.renew(stop)
+                loop.lease.require()
             metrics.RANK_STALENESS.set(reader.staleness)
             if first and time.monotonic() - told > _TELL_S:
                 loop.tell(started)

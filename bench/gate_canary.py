@@ -1,0 +1,88 @@
+"""The canary's nulls: a chain of candidates that each lose a little, and work that becomes harder during the trial.
+
+*Before*, for comparison only: what is SAFE is promoted, and the candidate's episodes are compared with the champion's
+from before the trial. *After*: promoted by itself is only what is also shown better at the level of its place in the
+stream, and both halves of a pair ran at the same hours. Nobody takes over in these simulations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench.gate_nulls import CHAMPION, wins
+from flows.canary_gate import CanarySpec, harmful, weigh
+from flows.gate import GateSpec, episodes_at, level_at, shown
+
+
+def safe_and_harmful(spec: CanarySpec, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The canary's SAFE and HARM after each round of one pair a task: two (S, R) of booleans for (S, R, K)."""
+    trials, rounds, tasks = differences.shape
+    success = differences.reshape(trials, rounds * tasks)
+    task = np.tile(np.arange(tasks), rounds)
+    safe, harm = np.zeros((trials, rounds), dtype=bool), np.zeros((trials, rounds), dtype=bool)
+    for r in range(rounds):
+        pairs = (r + 1) * tasks
+        found = weigh(spec, success[:, :pairs], np.zeros((trials, pairs)), task[:pairs], tasks)
+        harm[:, r] = harmful(spec, found)
+        safe[:, r] = (found.safe >= 1 / spec.alpha) & (pairs >= spec.episodes.min)
+    return safe, harm
+
+
+def chain(
+    spec: CanarySpec,
+    gate: GateSpec,
+    candidates: int,
+    loss: float,
+    simulations: int,
+    rng: np.random.Generator,
+    *,
+    shown_better: bool,
+) -> np.ndarray:
+    """Mean success at the end of a chain of candidates, each worse than the champion of its day by `loss`: (S,)."""
+    tasks = len(CHAMPION)
+    rounds = spec.episodes.max // tasks
+    champion = np.tile(CHAMPION, (simulations, 1))
+    promotions = np.zeros(simulations, dtype=int)
+    stream = gate.model_copy(update={"episodes": spec.episodes})
+    for position in range(1, candidates + 1):
+        candidate = np.maximum(champion - loss, 0.0)
+        shape = (simulations, rounds, tasks)
+        new, old = (rng.random(shape) < rates[:, None, :] for rates in (candidate, champion))
+        differences = new.astype(np.float64) - old
+        safe, harm = safe_and_harmful(spec, differences)
+        accepted = safe
+        if shown_better:
+            accepted = np.zeros_like(safe)
+            for count in np.unique(promotions):
+                rows = promotions == count
+                level = level_at(stream, position, int(count))
+                planned = max(1, episodes_at(stream, level).planned // tasks)
+                better = shown(differences[rows], 0.0, alpha=level, planned=planned) >= 1 / level
+                accepted[rows] = safe[rows] & better
+        taken = _first(accepted) < _first(harm)
+        champion[taken] = candidate[taken]
+        promotions += taken
+    return champion.mean(axis=1)
+
+
+def harm_by_drift(
+    spec: CanarySpec, drift: float, simulations: int, rng: np.random.Generator, *, concurrent: bool
+) -> np.ndarray:
+    """Whether an equal candidate is sent back as harmful while the work becomes harder by `drift` in all: (S,).
+
+    The success rates of both policies fall evenly over the trial's bound of episodes.
+    """
+    rounds = spec.episodes.max // len(CHAMPION)
+    now = CHAMPION - drift * np.linspace(0, 1, rounds)[:, None]
+    new = (rng.random((simulations, rounds, len(CHAMPION))) < now).astype(np.float64)
+    if concurrent:
+        old = (rng.random(new.shape) < now).astype(np.float64)
+    else:
+        old = wins(CHAMPION, simulations, rounds, rng)
+    _, harm = safe_and_harmful(spec, new - old)
+    return harm.any(axis=1)  # the watch goes on after SAFE
+
+
+def _first(answers: np.ndarray) -> np.ndarray:
+    """(S,) index of the first True in (S, R); R where there is none."""
+    return np.where(answers.any(axis=1), answers.argmax(axis=1), answers.shape[1])

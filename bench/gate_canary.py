@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.gate_nulls import CHAMPION, wins
+from bench.gate_nulls import wins
 from flows.canary_gate import CanarySpec, harmful, weigh
 from flows.gate import GateSpec, episodes_at, level_at, shown
+
+CHAMPION_AT_WORK = np.array((0.65, 0.75, 0.80, 0.90))  # success on four tasks
 
 
 def safe_and_harmful(spec: CanarySpec, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,9 +41,9 @@ def chain(
     shown_better: bool,
 ) -> np.ndarray:
     """Mean success at the end of a chain of candidates, each worse than the champion of its day by `loss`: (S,)."""
-    tasks = len(CHAMPION)
+    tasks = len(CHAMPION_AT_WORK)
     rounds = spec.episodes.max // tasks
-    champion = np.tile(CHAMPION, (simulations, 1))
+    champion = np.tile(CHAMPION_AT_WORK, (simulations, 1))
     promotions = np.zeros(simulations, dtype=int)
     stream = gate.model_copy(update={"episodes": spec.episodes})
     for position in range(1, candidates + 1):
@@ -66,19 +68,21 @@ def chain(
 
 
 def harm_by_drift(
-    spec: CanarySpec, drift: float, simulations: int, rng: np.random.Generator, *, concurrent: bool
+    spec: CanarySpec, drift: float, simulations: int, rng: np.random.Generator, *, sudden: bool, concurrent: bool
 ) -> np.ndarray:
     """Whether an equal candidate is sent back as harmful while the work becomes harder by `drift` in all: (S,).
 
-    The success rates of both policies fall evenly over the trial's bound of episodes.
+    Args:
+        sudden: as the trial begins; else evenly over the trial's bound of episodes.
+        concurrent: each pair's halves ran at the same time; else the champion's ran before the trial.
     """
-    rounds = spec.episodes.max // len(CHAMPION)
-    now = CHAMPION - drift * np.linspace(0, 1, rounds)[:, None]
-    new = (rng.random((simulations, rounds, len(CHAMPION))) < now).astype(np.float64)
+    rounds = spec.episodes.max // len(CHAMPION_AT_WORK)
+    now = CHAMPION_AT_WORK - drift * (np.ones(rounds) if sudden else np.linspace(0, 1, rounds))[:, None]
+    new = (rng.random((simulations, rounds, len(CHAMPION_AT_WORK))) < now).astype(np.float64)
     if concurrent:
         old = (rng.random(new.shape) < now).astype(np.float64)
     else:
-        old = wins(CHAMPION, simulations, rounds, rng)
+        old = wins(CHAMPION_AT_WORK, simulations, rounds, rng)
     _, harm = safe_and_harmful(spec, new - old)
     return harm.any(axis=1)  # the watch goes on after SAFE
 

@@ -114,11 +114,18 @@ def other_environment(
 
 
 def stream_before(
-    spec: GateSpec, candidates: int, years: int, rng: np.random.Generator, *, kept: bool = True
+    spec: GateSpec,
+    candidate: npt.ArrayLike,
+    candidates: int,
+    years: int,
+    rng: np.random.Generator,
+    *,
+    kept: bool = True,
 ) -> np.ndarray:
-    """Promotions of equal candidates in sequence, each judged at alpha: (years, candidates) booleans.
+    """Promotions of like candidates in sequence, each judged at alpha: (years, candidates) booleans.
 
     Args:
+        candidate: (K,) success rates of each.
         kept: the champion's one run serves all of them; else it runs again for each.
     """
     most = spec.episodes.max
@@ -128,23 +135,23 @@ def stream_before(
         champion = wins(CHAMPION, size, most, rng)
         for t in range(candidates):
             old = champion if kept else wins(CHAMPION, size, most, rng)
-            table[rows, t] = promoted(spec, wins(CHAMPION, size, most, rng) - old, spec.alpha)
+            table[rows, t] = promoted(spec, wins(candidate, size, most, rng) - old, spec.alpha)
     return table
 
 
 def stream_after(
-    spec: GateSpec, better: np.ndarray, candidate: np.ndarray, rng: np.random.Generator, *, controlled: bool = True
+    spec: GateSpec, special: np.ndarray, candidate: npt.ArrayLike, rng: np.random.Generator, *, controlled: bool = True
 ) -> np.ndarray:
     """Promotions in a stream of trials with fresh episodes: (years, candidates) booleans.
 
     Args:
-        better: (years, candidates), which candidates have the rates `candidate`; the others equal the champion. What
-            is promoted becomes the champion, and the next candidates are measured by the same differences from it.
-        candidate: (K,) success rates of the better ones.
+        special: (years, candidates), which candidates have the rates `candidate`; the others equal the champion. When
+            one is promoted, those after it differ from the new champion as they would have from the old one.
+        candidate: (K,) success rates of these.
         controlled: at the levels of the stream; else each at alpha.
     """
-    table = np.zeros(better.shape, dtype=bool)
-    for t in range(better.shape[1]):
+    table = np.zeros(special.shape, dtype=bool)
+    for t in range(special.shape[1]):
         before = table.sum(axis=1)
         for count in np.unique(before):
             level = level_at(spec, t + 1, int(count)) if controlled else spec.alpha
@@ -152,7 +159,7 @@ def stream_after(
             here = np.flatnonzero(before == count)
             for part in _rows(len(here)):
                 rows = here[part]
-                rates = np.where(better[rows, t, None], candidate, CHAMPION)[:, None, :]
+                rates = np.where(special[rows, t, None], candidate, CHAMPION)[:, None, :]
                 new = rng.random((len(rows), most, len(CHAMPION)), dtype=np.float32) < rates
                 table[rows, t] = promoted(spec, new - wins(CHAMPION, len(rows), most, rng), level)
     return table

@@ -40,15 +40,16 @@ CHAIN = {"candidates": 15, "loss": 0.02}
 DRIFT = 0.2
 
 
-def run(spec: GateSpec, canary: CanarySpec, simulations: int, seed: int) -> dict[str, Any]:
+def run(spec: GateSpec, canary: CanarySpec, simulations: int, seed: int, year: int = YEAR) -> dict[str, Any]:
     """All scenarios; the `results` of gate.json.
 
     Args:
         simulations: of one candidate. What takes a stream of them is repeated less often: see `_repetitions`.
+        year: candidates in a year.
     """
     rng = np.random.default_rng(seed)
     repetitions = _repetitions(simulations)
-    stream = _stream(spec, repetitions, rng)
+    stream = _stream(spec, repetitions, year, rng)
     power = _power(spec, repetitions["power"], rng)
     nulls = {name: entry["false_promotion_rate"] for name, entry in stream.items()}
     first = power[str(POSITIONS[0])]
@@ -61,7 +62,7 @@ def run(spec: GateSpec, canary: CanarySpec, simulations: int, seed: int) -> dict
         "median_episodes_to_decision": {effect: entry["median_to_decision"] for effect, entry in first.items()},
         "episodes_to_promote_0.1_better_in_0.9": {t: entry["+0.10"]["in_0.9"] for t, entry in power.items()},
         "stream": stream,
-        "year_with_better_ones": _good_year(spec, repetitions["good_years"], rng),
+        "year_with_better_ones": _good_year(spec, repetitions["good_years"], year, rng),
         "canary_chain": _chain(canary, spec, repetitions["chains"], rng),
         "canary_drift": _drift(canary, repetitions["drifts"], rng),
         "power_by_position": power,
@@ -79,7 +80,7 @@ def _repetitions(simulations: int) -> dict[str, int]:
     return {name: max(2, simulations // share) for name, share in shares.items()}
 
 
-def _stream(spec: GateSpec, repetitions: Mapping[str, int], rng: np.random.Generator) -> dict[str, Any]:
+def _stream(spec: GateSpec, repetitions: Mapping[str, int], nights: int, rng: np.random.Generator) -> dict[str, Any]:
     """By null: how often at least one candidate is promoted, before and after."""
     n = repetitions["single"]
     found: dict[str, Any] = {}
@@ -100,7 +101,7 @@ def _stream(spec: GateSpec, repetitions: Mapping[str, int], rng: np.random.Gener
         add(f"environment_easier_by_{easier}", 1, before, after)
 
     few = repetitions["sequences_before"]
-    year = stream_after(spec, np.zeros((repetitions["years"], YEAR), dtype=bool), CHAMPION, rng)
+    year = stream_after(spec, np.zeros((repetitions["years"], nights), dtype=bool), CHAMPION, rng)
     fresh = stream_before(spec, CHAMPION, SEQUENCE, few, rng, kept=False).any(axis=1)
     add(
         f"equal_{SEQUENCE}_in_sequence",
@@ -109,8 +110,8 @@ def _stream(spec: GateSpec, repetitions: Mapping[str, int], rng: np.random.Gener
         year[:, :SEQUENCE].any(axis=1),
         before_with_a_fresh_champion=_rate(fresh),
     )
-    before = stream_before(spec, CHAMPION, YEAR, repetitions["years_before"], rng).any(axis=1)
-    add("equal_nightly_for_a_year", YEAR, before, year.any(axis=1))
+    before = stream_before(spec, CHAMPION, nights, repetitions["years_before"], rng).any(axis=1)
+    add("equal_nightly_for_a_year", nights, before, year.any(axis=1))
     worse = CHAMPION - 0.02
     after = stream_after(spec, np.ones((few, SEQUENCE), dtype=bool), worse, rng).any(axis=1)
     before = stream_before(spec, worse, SEQUENCE, few, rng).any(axis=1)
@@ -118,11 +119,11 @@ def _stream(spec: GateSpec, repetitions: Mapping[str, int], rng: np.random.Gener
     return found
 
 
-def _good_year(spec: GateSpec, years: int, rng: np.random.Generator) -> dict[str, Any]:
+def _good_year(spec: GateSpec, years: int, nights: int, rng: np.random.Generator) -> dict[str, Any]:
     """A year in which some candidates are better by 0.1: false share among the promotions, mean over years."""
-    found: dict[str, Any] = {"candidates": YEAR, "share_better": GOOD_SHARE, "years": years}
+    found: dict[str, Any] = {"candidates": nights, "share_better": GOOD_SHARE, "years": years}
     for name, controlled in (("before", False), ("after", True)):
-        better = rng.random((years, YEAR)) < GOOD_SHARE
+        better = rng.random((years, nights)) < GOOD_SHARE
         taken = stream_after(spec, better, raised(CHAMPION, 0.1), rng, controlled=controlled)
         false, all_of_them = (taken & ~better).sum(axis=1), taken.sum(axis=1)
         found[name] = {
@@ -208,13 +209,14 @@ def raised(rates: np.ndarray, effect: float, ceiling: float = 0.98) -> np.ndarra
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--simulations", type=int, default=8_000)
+    parser.add_argument("--simulations", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--year", type=int, default=YEAR, help="candidates in a year")
     parser.add_argument("--gate", type=Path, default=DEFAULT_GATE)
     parser.add_argument("--out", type=Path, default=RESULTS / "gate.json")
     arguments = parser.parse_args(argv)
     envelope = Envelope("gate", "make bench-gate", [arguments.seed])
-    results = run(load_gate(arguments.gate), load_canary(), arguments.simulations, arguments.seed)
+    results = run(load_gate(arguments.gate), load_canary(), arguments.simulations, arguments.seed, arguments.year)
     envelope.write(arguments.out, results)
     figure(results, arguments.out.with_suffix(".svg"))
     for name, entry in results["stream"].items():

@@ -16,18 +16,28 @@ from flows.gate import GateSpec, episodes_at, level_at, shown
 CHAMPION_AT_WORK = np.array((0.65, 0.75, 0.80, 0.90))  # success on four tasks
 
 
+_ASKED_EVERY = 4  # rounds; what is shown stays shown, so asking seldom only shortens the work
+
+
 def safe_and_harmful(spec: CanarySpec, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The canary's SAFE and HARM after each round of one pair a task: two (S, R) of booleans for (S, R, K)."""
+    """The canary's SAFE and HARM each time that it is asked, after `asked` rounds of one pair a task: two (S, A) of
+    booleans for (S, R, K) differences."""
     trials, rounds, tasks = differences.shape
     success = differences.reshape(trials, rounds * tasks)
     task = np.tile(np.arange(tasks), rounds)
-    safe, harm = np.zeros((trials, rounds), dtype=bool), np.zeros((trials, rounds), dtype=bool)
-    for r in range(rounds):
-        pairs = (r + 1) * tasks
+    times = asked(rounds)
+    safe, harm = (np.zeros((trials, len(times)), dtype=bool) for _ in range(2))
+    for k, done in enumerate(times):
+        pairs = int(done) * tasks
         found = weigh(spec, success[:, :pairs], np.zeros((trials, pairs)), task[:pairs], tasks)
-        harm[:, r] = harmful(spec, found)
-        safe[:, r] = (found.safe >= 1 / spec.alpha) & (pairs >= spec.episodes.min)
+        harm[:, k] = harmful(spec, found)
+        safe[:, k] = (found.safe >= 1 / spec.alpha) & (pairs >= spec.episodes.min)
     return safe, harm
+
+
+def asked(rounds: int) -> np.ndarray:
+    """(A,) rounds after which the canary is asked, the last one always."""
+    return np.unique([*range(_ASKED_EVERY, rounds + 1, _ASKED_EVERY), rounds])
 
 
 def chain(
@@ -60,7 +70,7 @@ def chain(
                 level = level_at(stream, position, int(count))
                 planned = max(1, episodes_at(stream, level).planned // tasks)
                 better = shown(differences[rows], 0.0, alpha=level, planned=planned) >= 1 / level
-                accepted[rows] = safe[rows] & better
+                accepted[rows] = safe[rows] & better[:, asked(rounds) - 1]
         taken = _first(accepted) < _first(harm)
         champion[taken] = candidate[taken]
         promotions += taken

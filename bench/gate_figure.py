@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def figure(results: Mapping[str, Any], target: Path) -> Path:
-    """Left: P(at least one is promoted) by null; middle: promoted by episodes; right: the canary. SVG (or by suffix)."""
+    """Left: P(at least one is promoted) by null; middle: promoted by episodes; right: the canary. SVG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""False promotion rate and power of the promotion gate, by simulation: `make bench-gate`.
+"""False promotion rate and power of the promotion gate and the canary, by simulation: `make bench-gate`.
 
-Each simulation is a candidate and a champion with known success rates on the tasks, evaluated in rounds of one
-paired episode a task, the gate being asked *after every round* until it says PASS or FAIL: the harshest use of it.
-Success of the two policies is independent given the rates, which is conservative: episodes that share a seed agree
-more often, and fewer differences mean less noise.
+Candidate and champion have known success rates on the tasks and are evaluated in rounds of one paired episode a task,
+the gate being asked *after every round* until it says PASS or FAIL: the harshest use of it. Outcomes of the two
+policies are independent given the rates, which is conservative: episodes that share a start state agree more often,
+and fewer differences mean less noise. The reference is the champion here; another one only adds reasons to hold.
 """
 
 from __future__ import annotations
@@ -14,152 +14,223 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from bench.envelope import RESULTS, Envelope
-from flows.gate import DEFAULT_GATE, GateSpec, Verdict, load_gate, trace, verdicts
+from bench.gate_canary import CHAMPION_AT_WORK, chain, harm_by_drift
+from bench.gate_figure import figure
+from bench.gate_nulls import CHAMPION, best_of, other_environment, simulate, stream_after, stream_before
+from flows.canary_gate import CanarySpec, load_canary
+from flows.gate import DEFAULT_GATE, GateSpec, Verdict, episodes_at, level_at, load_gate
 from lwd_model.statistics import wilson
 
-# Champion's success on four tasks, spread like an SFT policy's: hard, middling, easy.
-CHAMPION = (0.55, 0.70, 0.75, 0.85)
-EFFECTS = (0.05, 0.10, 0.15, 0.20)
-# Candidates that must not be promoted, as differences from the champion on each task.
+EFFECTS = (0.05, 0.10, 0.20)
+POSITIONS = (1, 10, 50, 365)  # in the stream of candidates, nothing having been promoted before
+YEAR = 365
+SEQUENCE = 50
+GOOD_SHARE = 0.05  # of a year's candidates, in the year in which some are better, by 0.1
+# Single candidates that must not be promoted, as differences from the champion on each task.
 NULLS: Mapping[str, tuple[float, ...]] = {
     "equal": (0.0, 0.0, 0.0, 0.0),
     "mixed": (0.15, -0.15, 0.10, -0.10),  # better on two tasks, worse on two: no better on average
-    "worse": (-0.10, -0.10, -0.10, -0.10),
+    "worse_by_0.1": (-0.10, -0.10, -0.10, -0.10),
+    # Better on average, one task ruined: the per-task rule is there for this one.
+    "one_task_ruined": (0.25, 0.15, 0.15, -0.30),
 }
-# Better on average, one task ruined: the per-task rule is there for this one.
-RUINED = (0.25, 0.15, 0.15, -0.30)
-_BATCH = 1000  # simulations at once: some 100 MB
+CHAIN = {"candidates": 15, "loss": 0.02}
+DRIFT = 0.2
 
 
-def simulate(
-    spec: GateSpec, champion: npt.ArrayLike, candidate: npt.ArrayLike, simulations: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """First terminal answer of the gate and the episodes a task that it took.
+def run(spec: GateSpec, canary: CanarySpec, simulations: int, seed: int, year: int = YEAR) -> dict[str, Any]:
+    """All scenarios; the `results` of gate.json.
 
     Args:
-        spec: the gate.
-        champion: (K,) success rates.
-        candidate: (K,) success rates.
-        simulations: repetitions S.
-        rng: of the outcomes.
-
-    Returns:
-        verdict (S,) of PASS or FAIL, and rounds (S,): episodes per task when it was given. The gate always ends,
-        with FAIL, at the spec's maximum.
+        simulations: of one candidate. What takes a stream of them is repeated less often: see `_repetitions`.
+        year: candidates in a year.
     """
-    given, when = [], []
-    for done in range(0, simulations, _BATCH):
-        shape = (min(_BATCH, simulations - done), spec.episodes.max, len(np.asarray(champion)))
-        new = rng.random(shape) < np.asarray(candidate)
-        old = rng.random(shape) < np.asarray(champion)
-        answers = verdicts(spec, trace(spec, new.astype(np.float64) - old))
-        first = np.argmax(answers != Verdict.CONTINUE.value, axis=1)
-        given.append(answers[np.arange(shape[0]), first])
-        when.append(first + 1)
-    return np.concatenate(given), np.concatenate(when)
-
-
-def run(spec: GateSpec, simulations: int, seed: int) -> dict[str, Any]:
-    """All scenarios; the `results` of gate.json."""
     rng = np.random.default_rng(seed)
-    champion = np.array(CHAMPION)
-    false_rates: dict[str, dict[str, float]] = {}
-    for name, shift in NULLS.items():
-        answers, _ = simulate(spec, champion, champion + shift, simulations, rng)
-        false_rates[name] = wilson(int((answers == Verdict.PASS.value).sum()), simulations).as_dict()
-    worst = max(false_rates, key=lambda name: false_rates[name]["mean"])
-
-    power: dict[str, float] = {}
-    planned: dict[str, float] = {}
-    median: dict[str, float] = {}
-    curves: dict[str, list[float]] = {}
-    for effect in EFFECTS:
-        key = f"{effect:+.2f}"
-        # The same average gain, less where there is no room.
-        candidate = _raised(champion, effect)
-        answers, rounds = simulate(spec, champion, candidate, simulations, rng)
-        passed = answers == Verdict.PASS.value
-        power[key] = float(passed.mean())
-        planned[key] = float((passed & (rounds <= spec.episodes.planned)).mean())
-        median[key] = float(np.median(rounds))
-        curves[key] = [float((passed & (rounds <= n)).mean()) for n in range(1, spec.episodes.max + 1)]
-    answers, _ = simulate(spec, champion, champion + RUINED, simulations, rng)
+    repetitions = _repetitions(simulations)
+    stream = _stream(spec, repetitions, year, rng)
+    power = _power(spec, repetitions["power"], rng)
+    nulls = {name: entry["false_promotion_rate"] for name, entry in stream.items()}
+    first = power[str(POSITIONS[0])]
     return {
         "alpha": spec.alpha,
         "simulations": simulations,
-        "false_promotion_rate": false_rates[worst],
-        "false_promotion_rate_by_null": false_rates,
-        "power": power,
-        "power_at_planned": planned,
-        "median_episodes_to_decision": median,
-        "one_task_ruined": wilson(int((answers == Verdict.PASS.value).sum()), simulations).as_dict(),
-        "champion": list(CHAMPION),
-        "nulls": {name: list(shift) for name, shift in NULLS.items()},
-        "ruined": list(RUINED),
-        "power_by_episodes": curves,
+        "repetitions": repetitions,
+        "false_promotion_rate": max(nulls.values(), key=lambda rate: rate["mean"]),
+        "power": {effect: entry["promoted"] for effect, entry in first.items()},
+        "median_episodes_to_decision": {effect: entry["median_to_decision"] for effect, entry in first.items()},
+        "episodes_to_promote_0.1_better_in_0.9": {t: entry["+0.10"]["in_0.9"] for t, entry in power.items()},
+        "stream": stream,
+        "year_with_better_ones": _good_year(spec, repetitions["good_years"], year, rng),
+        "canary_chain": _chain(canary, spec, repetitions["chains"], rng),
+        "canary_drift": _drift(canary, repetitions["drifts"], rng),
+        "power_by_position": power,
+        "champion": CHAMPION.tolist(),
+        "champion_at_work": CHAMPION_AT_WORK.tolist(),
         "spec": spec.model_dump(),
     }
 
 
-def _raised(rates: np.ndarray, effect: float, ceiling: float = 0.98) -> np.ndarray:
-    """`rates` with their mean raised by `effect`, none above `ceiling`."""
-    raised = rates + effect
+def _repetitions(simulations: int) -> dict[str, int]:
+    shares = {
+        "single": 1, "years": 10, "years_before": 80, "sequences_before": 25, "power": 4, "good_years": 100,
+        "chains": 40, "drifts": 5,
+    }  # fmt: skip
+    return {name: max(2, simulations // share) for name, share in shares.items()}
+
+
+def _stream(spec: GateSpec, repetitions: Mapping[str, int], nights: int, rng: np.random.Generator) -> dict[str, Any]:
+    """By null: how often at least one candidate is promoted, before and after."""
+    n = repetitions["single"]
+    found: dict[str, Any] = {}
+
+    def add(name: str, candidates: int, before: np.ndarray, after: np.ndarray, **more: Any) -> None:
+        found[name] = {"candidates": candidates, "before": _rate(before), "false_promotion_rate": _rate(after)} | more
+
+    def single(shift: Sequence[float], level: float) -> np.ndarray:
+        return simulate(spec, CHAMPION, CHAMPION + shift, n, rng, level)[0] == Verdict.PASS.value
+
+    for name, shift in NULLS.items():
+        add(name, 1, single(shift, spec.alpha), single(shift, level_at(spec, 1, 0)))
+    for count in (10, 32):
+        before, after = (best_of(spec, count, n, rng, fresh=fresh) for fresh in (False, True))
+        add(f"best_of_{count}", count, before, after)
+    for easier in (0.05, 0.1):
+        before, after = (other_environment(spec, easier, n, rng, interleaved=together) for together in (False, True))
+        add(f"environment_easier_by_{easier}", 1, before, after)
+
+    few = repetitions["sequences_before"]
+    year = stream_after(spec, np.zeros((repetitions["years"], nights), dtype=bool), CHAMPION, rng)
+    fresh = stream_before(spec, CHAMPION, SEQUENCE, few, rng, kept=False).any(axis=1)
+    add(
+        f"equal_{SEQUENCE}_in_sequence",
+        SEQUENCE,
+        stream_before(spec, CHAMPION, SEQUENCE, few, rng).any(axis=1),
+        year[:, :SEQUENCE].any(axis=1),
+        before_with_a_fresh_champion=_rate(fresh),
+    )
+    before = stream_before(spec, CHAMPION, nights, repetitions["years_before"], rng).any(axis=1)
+    add("equal_nightly_for_a_year", nights, before, year.any(axis=1))
+    worse = CHAMPION - 0.02
+    after = stream_after(spec, np.ones((few, SEQUENCE), dtype=bool), worse, rng).any(axis=1)
+    before = stream_before(spec, worse, SEQUENCE, few, rng).any(axis=1)
+    add(f"worse_by_0.02_{SEQUENCE}_in_sequence", SEQUENCE, before, after)
+    return found
+
+
+def _good_year(spec: GateSpec, years: int, nights: int, rng: np.random.Generator) -> dict[str, Any]:
+    """A year in which some candidates are better by 0.1: false share among the promotions, mean over years."""
+    found: dict[str, Any] = {"candidates": nights, "share_better": GOOD_SHARE, "years": years}
+    for name, controlled in (("before", False), ("after", True)):
+        better = rng.random((years, nights)) < GOOD_SHARE
+        taken = stream_after(spec, better, raised(CHAMPION, 0.1), rng, controlled=controlled)
+        false, all_of_them = (taken & ~better).sum(axis=1), taken.sum(axis=1)
+        found[name] = {
+            "false_share": float((false / np.maximum(all_of_them, 1)).mean()),
+            "promotions_a_year": float(all_of_them.mean()),
+            "better_ones_promoted": float(taken[better].mean()) if better.any() else None,
+        }
+    return found
+
+
+def _power(spec: GateSpec, simulations: int, rng: np.random.Generator) -> dict[str, Any]:
+    """By position and gain: share promoted, and episodes a task that it takes."""
+    found: dict[str, Any] = {}
+    for position in POSITIONS:
+        level = level_at(spec, position, 0)
+        most = episodes_at(spec, level).max
+        found[str(position)] = {}
+        for effect in EFFECTS:
+            answers, rounds = simulate(spec, CHAMPION, raised(CHAMPION, effect), simulations, rng, level)
+            passed = answers == Verdict.PASS.value
+            curve = np.array([(passed & (rounds <= n)).mean() for n in range(1, most + 1)])
+            found[str(position)][f"{effect:+.2f}"] = {
+                "promoted": float(passed.mean()),
+                "in_0.5": _reaches(curve, 0.5),
+                "in_0.9": _reaches(curve, 0.9),
+                "median_to_decision": float(np.median(rounds)),
+                "at_most": most,
+                "curve": [round(float(share), 4) for share in curve[9::10]],  # after 10, 20, 30 ... episodes a task
+            }
+    return found
+
+
+def _chain(canary: CanarySpec, spec: GateSpec, simulations: int, rng: np.random.Generator) -> dict[str, Any]:
+    count, loss = int(CHAIN["candidates"]), CHAIN["loss"]
+    before, after = (
+        chain(canary, spec, count, loss, simulations, rng, shown_better=better).mean() for better in (False, True)
+    )
+    start = float(CHAMPION_AT_WORK.mean())
+    return {
+        f"worse_by_{loss}": {
+            "candidates": count,
+            "success_at_start": start,
+            "success_before": float(before),
+            "success_after": float(after),
+            "success_change_before": float(before) - start,
+            "success_change": float(after) - start,
+        }
+    }
+
+
+def _drift(canary: CanarySpec, simulations: int, rng: np.random.Generator) -> dict[str, Any]:
+    """False HARM of an equal candidate while the work becomes harder."""
+    return {
+        name: {
+            "drift": DRIFT,
+            "before": _rate(harm_by_drift(canary, DRIFT, simulations, rng, sudden=sudden, concurrent=False)),
+            "after": _rate(harm_by_drift(canary, DRIFT, simulations, rng, sudden=sudden, concurrent=True)),
+        }
+        for name, sudden in (("evenly_over_the_trial", False), ("as_the_trial_begins", True))
+    }
+
+
+def _rate(events: np.ndarray) -> dict[str, float]:
+    return wilson(int(events.sum()), len(events)).as_dict()
+
+
+def _reaches(curve: np.ndarray, share: float) -> int | None:
+    """Episodes a task after which so many were promoted; None where the gate ends before."""
+    return int(np.argmax(curve >= share)) + 1 if curve[-1] >= share else None
+
+
+def raised(rates: np.ndarray, effect: float, ceiling: float = 0.98) -> np.ndarray:
+    """`rates` with their mean raised by `effect`, none above `ceiling`: the same gain, less where there is no room."""
+    higher = rates + effect
     for _ in range(len(rates)):
-        over = np.maximum(raised - ceiling, 0.0)
-        room = raised < ceiling
+        over = np.maximum(higher - ceiling, 0.0)
+        room = higher < ceiling
         if over.sum() == 0 or not room.any():
             break
-        raised = np.minimum(raised, ceiling) + np.where(room, over.sum() / room.sum(), 0.0)
-    return raised
-
-
-def figure(results: Mapping[str, Any], path: Path) -> Path:
-    """Power against episodes per task, one line an effect, as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"svg.hashsalt": "gate", "font.size": 10, "svg.fonttype": "none"}):
-        fig, ax = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-        shades = plt.get_cmap("viridis")(np.linspace(0.8, 0.15, len(results["power_by_episodes"])))
-        for (effect, curve), shade in zip(results["power_by_episodes"].items(), shades, strict=True):
-            ax.plot(range(1, len(curve) + 1), curve, color=shade, label=f"gain {effect}")
-        null = results["false_promotion_rate"]
-        ax.axhline(null["mean"], color="#b3261e", linewidth=1.2, label=f"no gain: {null['mean']:.3f} in all")
-        ax.axhline(results["alpha"], color="#b3261e", linewidth=0.8, linestyle=":", label=f"alpha {results['alpha']}")
-        ax.axvline(results["spec"]["episodes"]["planned"], color="#888888", linewidth=0.8, linestyle="--")
-        ax.set(xlabel="paired episodes per task (4 tasks)", ylabel="promoted so far", ylim=(0, 1.02), xlim=(0, None))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path, metadata={"Date": None})
-        plt.close(fig)
-    return path
+        higher = np.minimum(higher, ceiling) + np.where(room, over.sum() / room.sum(), 0.0)
+    return higher
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--simulations", type=int, default=20_000)
+    parser.add_argument("--simulations", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--year", type=int, default=YEAR, help="candidates in a year")
     parser.add_argument("--gate", type=Path, default=DEFAULT_GATE)
     parser.add_argument("--out", type=Path, default=RESULTS / "gate.json")
     arguments = parser.parse_args(argv)
     envelope = Envelope("gate", "make bench-gate", [arguments.seed])
-    results = run(load_gate(arguments.gate), arguments.simulations, arguments.seed)
+    results = run(load_gate(arguments.gate), load_canary(), arguments.simulations, arguments.seed, arguments.year)
     envelope.write(arguments.out, results)
     figure(results, arguments.out.with_suffix(".svg"))
-    rate = results["false_promotion_rate"]
-    print(f"false promotion rate {rate['mean']:.4f} [{rate['low']:.4f}, {rate['high']:.4f}], alpha {results['alpha']}")
-    for effect, power in results["power"].items():
+    for name, entry in results["stream"].items():
         print(
-            f"gain {effect}: promoted {results['power_at_planned'][effect]:.2f} within the planned episodes, "
-            f"{power:.2f} in the end; median {results['median_episodes_to_decision'][effect]:.0f} episodes a task"
+            f"{name}: promoted {entry['before']['mean']:.4f} before, {entry['false_promotion_rate']['mean']:.4f} after"
         )
-    print(f"one task ruined: promoted {results['one_task_ruined']['mean']:.4f}")
+    for position, entry in results["power_by_position"].items():
+        for effect, found in entry.items():
+            print(
+                f"trial {position}, gain {effect}: promoted {found['promoted']:.3f}; half within {found['in_0.5']}, "
+                f"0.9 within {found['in_0.9']} episodes a task"
+            )
+    print(f"year with better ones: {results['year_with_better_ones']}")
+    print(f"canary: {results['canary_chain']} {results['canary_drift']}")
 
 
 if __name__ == "__main__":

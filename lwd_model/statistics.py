@@ -26,6 +26,8 @@ _RESERVE = 0.2
 _MAX_STAKE = 0.9
 # Prior of the variance: three tenths of the squared half-range, worth this many pairs.
 _PRIOR_PAIRS = 4.0
+# Wealth is kept below this, and counts as this little at least in a logarithm: no overflow, no infinity.
+_LARGEST, _SMALLEST = 1e200, 1e-300
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,14 @@ def betting_evidence(
         seen = count + _PRIOR_PAIRS
         variance = np.maximum((squares + prior * _PRIOR_PAIRS) / seen - (total / seen) ** 2, 0.05 * prior)
         wanted = np.maximum((target - _RESERVE * reserve) / (1 - _RESERVE), 1e-12)
-        shortfall = np.log(np.maximum(wanted / aiming, 1.0))  # 0 once the target is reached: stop betting
+        # 0 once the target is reached: stop betting. A lost wealth underflows to 0, hence the floor in the logarithm.
+        shortfall = np.maximum(np.log(wanted) - np.log(np.maximum(aiming, _SMALLEST)), 0.0)
         stake = np.minimum(np.sqrt(2 * shortfall / (variance * (end - r) * tasks)), cap)
         steady = np.minimum(caution * np.sqrt(2 * np.log(target) / (variance * planned * tasks)), cap)
         gain = x[..., r, :] - mean0[..., None]
-        aiming = aiming * np.prod(1 + stake[..., None] * gain, axis=-1)
-        reserve = reserve * np.prod(1 + steady[..., None] * gain, axis=-1)
+        with np.errstate(over="ignore"):  # cut just below: a smaller wealth is as valid
+            aiming = np.minimum(aiming * np.prod(1 + stake[..., None] * gain, axis=-1), _LARGEST)
+            reserve = np.minimum(reserve * np.prod(1 + steady[..., None] * gain, axis=-1), _LARGEST)
         wealth[..., r] = (1 - kept) * aiming + kept * reserve
         # Centred on the middle of the range so that the variance is computed without cancellation.
         centred = x[..., r, :] - (low + high) / 2

@@ -48,7 +48,7 @@ def test_commit_of_a_repository_and_of_none(tmp_path: Path) -> None:
 
 def test_gate_benchmark_writes_json_and_figure(tmp_path: Path) -> None:
     out = tmp_path / "gate.json"
-    main(["--simulations", "20", "--out", str(out)])
+    main(["--simulations", "40", "--year", "5", "--out", str(out)])
     results = json.loads(out.read_text())["results"]
     assert {"alpha", "simulations", "false_promotion_rate", "power", "median_episodes_to_decision"} <= set(results)
     assert results["power"]["+0.20"] >= results["power"]["+0.05"]

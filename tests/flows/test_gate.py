@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from bench.gate import simulate
+from bench.gate_nulls import simulate
 from flows.gate import DEFAULT_GATE, GateSpec, Verdict, decide, episodes_at, level_at, load_gate, trace, verdicts
 from infra.errors import ConfigError
 from lwd_model.evaluation import EpisodeResult

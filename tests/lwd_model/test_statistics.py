@@ -102,6 +102,20 @@ def test_wealth_stays_positive_and_finite(rows: list[list[float]], null: float) 
     assert np.isfinite(wealth).all() and (wealth > 0).all()
 
 
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize(("null", "alpha"), [(0.0, 0.05), (0.9, 1e-9), (-0.99, 1e-12)])
+def test_a_fortune_lost_or_won_many_times_over_raises_no_warning(value: float, null: float, alpha: float) -> None:
+    values = np.full((2, 4000, 3), value)
+    with np.errstate(divide="raise", over="raise", invalid="raise"):
+        for aim in (True, False):
+            wealth = betting_evidence(values, null, alpha=alpha, planned=20, aim=aim)
+            assert np.isfinite(wealth).all() and (wealth >= 0).all()
+            if value <= null:
+                assert (wealth[:, -1] <= 1).all()
+            elif aim or null < 0.9:
+                assert (wealth[:, -1] >= 1 / alpha).all()
+
+
 def test_confidence_sequence_covers_at_all_times() -> None:
     rng, level, misses = np.random.default_rng(5), 0.9, 0
     for _ in range(120):

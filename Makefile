@@ -39,7 +39,7 @@ servers: setup  ## prepare Kafka, Garage and PostgreSQL outside the clone, once 
 # CI's short form goes on where a server cannot be had: its tests are skipped, by name.
 test-system: setup  ## every row of the fault matrix on real Kafka, Garage and PostgreSQL (SHORT=1: CI's short form)
 	$(if $(SHORT),timeout 1500 )$(BIN)/lwd servers prepare$(if $(SHORT), || echo "NOT ALL SERVERS CAN BE HAD HERE")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/system $(AGAIN) --durations=12 -m "system$(if $(SHORT), and not slow,)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(AGAIN) --durations=12 -m "system$(if $(SHORT), and not slow,)"
 
 lint: setup
 	$(BIN)/ruff check --no-cache .

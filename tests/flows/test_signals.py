@@ -20,6 +20,7 @@ from bench.workspace import freeze
 from infra import interrupts
 
 pytestmark = pytest.mark.timeout(600)
+WHOLE = [pytest.mark.system, pytest.mark.slow]  # of the whole matrix, which `make test-system` runs
 STAGE = "flows.stages demonstrations"
 WORKER = "multiprocessing.spawn"
 
@@ -54,7 +55,9 @@ def states(folder: Path, home: str) -> set[str]:
         return {row[0] for row in database.execute("SELECT state_type FROM flow_run")}
 
 
-@pytest.mark.parametrize("moment", ["imports", "server", "stage begins", "stage"])
+@pytest.mark.parametrize(
+    "moment", [*(pytest.param(early, marks=WHOLE) for early in ("imports", "server", "stage begins")), "stage"]
+)
 def test_one_ctrl_c_ends_the_command(folder: Path, moment: str) -> None:
     home = f"ctrl-c-{moment.replace(' ', '-')}"
     with train(folder, home) as command:
@@ -71,7 +74,12 @@ def test_one_ctrl_c_ends_the_command(folder: Path, moment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "number"), [("server", signal.SIGTERM), ("stage", signal.SIGTERM), ("stage", signal.SIGHUP)]
+    ("moment", "number"),
+    [
+        pytest.param("server", signal.SIGTERM, marks=WHOLE),
+        ("stage", signal.SIGTERM),
+        pytest.param("stage", signal.SIGHUP, marks=WHOLE),
+    ],
 )
 def test_a_signal_ends_the_command_and_all_that_it_started(folder: Path, moment: str, number: int) -> None:
     with train(folder) as command:
@@ -82,7 +90,7 @@ def test_a_signal_ends_the_command_and_all_that_it_started(folder: Path, moment:
         assert "error:" not in command.output and "Traceback" not in command.output, command.output
 
 
-@pytest.mark.parametrize("moment", ["server", "stage"])
+@pytest.mark.parametrize("moment", [pytest.param("server", marks=WHOLE), "stage"])
 def test_sigkill_ends_all_that_the_command_started(folder: Path, moment: str) -> None:
     with train(folder) as command:
         at(command, moment)
@@ -124,8 +132,8 @@ def repro(folder: Path, shell: str = "/bin/sh") -> Command:
     return Command(folder, "repro", "demonstrations", program=program, environment={"SHELL": shell, "PATH": path})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=WHOLE), signal.SIGKILL])
+@pytest.mark.parametrize("shell", ["/bin/sh", pytest.param("/bin/bash", marks=WHOLE)])
 def test_a_stage_ends_with_dvc_repro(folder: Path, number: int, shell: str) -> None:
     with repro(folder, shell) as dvc:
         at(dvc, "stage")
@@ -134,7 +142,9 @@ def test_a_stage_ends_with_dvc_repro(folder: Path, number: int, shell: str) -> N
         dvc.leaves_nothing()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [*(pytest.param(number, marks=WHOLE) for number in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
+)
 def test_a_stage_ends_with_a_flow_that_no_command_of_ours_runs(folder: Path, number: int) -> None:
     """As a Prefect worker does; there, the default handlers apply."""
     code = "from flows import pipeline; pipeline.run('demonstrations')"
@@ -162,7 +172,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(number, marks=WHOLE) for number in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_the_online_stage_ends_with_its_command(workspace: Path, number: int) -> None:
     home = workspace / "home"
     with Command(workspace, "online", "--home", str(home), environment={"PYTHONPATH": str(ROOT)}) as command:

@@ -2,8 +2,8 @@
 
 A trial is a row of the catalog with its own seed, its place in the stream of candidates and the level that goes with
 it; its episodes are rows as well. Interrupted or asked again it goes on: an episode counts once, and no second draw is
-made. Episodes that anything else ran never decide. A trial of the canary has a place in the same stream; its episodes are
-those that robots ran.
+made. Episodes that anything else ran never decide. A canary that may promote has its place in the same stream;
+its episodes are those that robots ran (`flows.canary_trial`).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Only robots of the canary cohort ever run it. `start` refuses a cohort larger than the canary's file allows, and a look
 that finds more robots, `episodes.max` episodes or `hours.max` hours without an answer, or a canary robot that refuses
 the policy, ends the trial. What was found SAFE waits for a person, and no longer than `hours.max`; with `automatic` it
-is promoted if it is also shown to be *better* than production robots at the same hours, at the level of its place in the
-deployment's stream of candidates. All that is known lies in the catalog: a watcher that was killed goes on where it was,
-and of several only one acts. `python -m flows.canary` watches whatever is on trial, for as long as it runs.
+is promoted if it is also shown to be *better* than production robots at the same hours, at the level of its place in
+the deployment's stream of candidates. All that is known lies in the catalog: a watcher that was killed goes on where it
+was, and of several only one acts. `python -m flows.canary` watches whatever is on trial, for as long as it runs.
 """
 
 from __future__ import annotations

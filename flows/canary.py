@@ -1,9 +1,11 @@
 """A candidate on trial: watched at real work, sent back by itself when it does harm; its reach is bounded.
 
 Only robots of the canary cohort ever run it. `start` refuses a cohort larger than the canary's file allows, and a look
-that finds more robots, or `episodes.max` episodes without an answer, ends the trial. All that is known lies in the
-catalog: a watcher that was killed goes on where it was, and of several only one acts. `python -m flows.canary` watches
-whatever is on trial, for as long as it runs.
+that finds more robots, `episodes.max` episodes or `hours.max` hours without an answer, or a canary robot that refuses
+the policy, ends the trial. What was found SAFE waits for a person, and no longer than `hours.max`; with `automatic` it
+is promoted if it is also shown to be *better* than production robots at the same hours, at the level of its place in
+the deployment's stream of candidates. All that is known lies in the catalog: a watcher that was killed goes on where it
+was, and of several only one acts. `python -m flows.canary` watches whatever is on trial, for as long as it runs.
 """
 
 from __future__ import annotations
@@ -12,16 +14,38 @@ import argparse
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.canary_gate import DEFAULT_CANARY, Answer, CanarySpec, TrialDecision, decide_trial, load_canary
-from flows.canary_trial import Trial, canary_robots, episodes_of, find_trial, refused_of
+from flows.canary_gate import (
+    DEFAULT_CANARY,
+    HOUR_S,
+    Answer,
+    CanarySpec,
+    Standing,
+    TrialDecision,
+    decide_trial,
+    load_canary,
+)
+from flows.canary_trial import (
+    Trial,
+    canary_robots,
+    episodes_of,
+    find_trial,
+    production_robots,
+    refused_of,
+    worked_before,
+)
 from flows.deployment import Deployment, deployment
+from flows.gate import GateSpec, load_gate
+from flows.promotion import weaknesses
+from flows.trials import Trial as Entered
+from flows.trials import close_trial, open_trial_at_work, trial_at_work
 from infra.episode import decode
 from infra.errors import ConfigError, CorruptDataError
+from infra.policy.refusals import refusals
 from infra.process import log_to, patiently, process_arguments, run_process
 from infra.telemetry import metrics
 
@@ -61,8 +85,8 @@ def start(plane: Deployment, spec: CanarySpec, version: int, *, proposer: str = 
     """Put a candidate on trial; one that is on trial already is left as it is. Returns the canary cohort's robots.
 
     Raises:
-        ConfigError: no champion to come back to or nothing to compare with, more robots than allowed, the candidate
-            had its episodes, or the registry does not let it on trial.
+        ConfigError: no champion to come back to or nothing to compare with, no production robot at work, more robots
+            than allowed, the candidate had its episodes, or the registry does not let it on trial.
     """
     if plane.registry.alias("canary") == version:
         return robots(plane)
@@ -76,22 +100,42 @@ def start(plane: Deployment, spec: CanarySpec, version: int, *, proposer: str = 
     if champion is None:
         raise ConfigError("there is no champion to compare with and to come back to", "promote one: `lwd promote`")
     with plane.catalog.read() as connection:
-        earlier, during = episodes_of(connection, find_trial(connection, version, champion), spec.episodes.max)
+        trial = find_trial(connection, version, champion)
+        during = episodes_of(connection, trial)
+        earlier, tasks = worked_before(connection, trial, spec.episodes.max)
+        at_work = production_robots(connection, trial.at - spec.window_hours * HOUR_S)
     ran = sum(episode.candidate for episode in during)
-    known = len(earlier) + len(during) - ran
     if ran >= spec.episodes.max:
         raise ConfigError(
             f"policy {version} has had {ran} canary episodes, the canary's file allows {spec.episodes.max}",
             "publish a new policy, or raise episodes.max: what was seen goes on to count",
         )
-    if spec.baseline is None and known < spec.episodes.min:
-        raise ConfigError(
-            f"the champion, policy {champion}, has {known} episodes by production and canary robots since it was "
-            f"promoted; {spec.episodes.min} are needed to compare with",
-            "let it work first, or give a baseline in the canary's file",
-        )
+    if spec.baseline is None:
+        _comparable(spec, champion, earlier + len(during) - ran, tasks, at_work)
+    if spec.automatic and spec.baseline is None and not plane.registry.needs_approval:
+        open_trial_at_work(plane, version, tasks, _stream(spec))  # before its first episode
     plane.registry.register_candidate(version, proposer=proposer)
     return found
+
+
+def _comparable(spec: CanarySpec, champion: int, known: int, tasks: Sequence[str], at_work: Sequence[str]) -> None:
+    if known < spec.episodes.min or not tasks:
+        by = "production and canary" if tasks else "production"
+        raise ConfigError(
+            f"the champion, policy {champion}, has {known if tasks else 0} episodes by {by} robots since it was "
+            f"promoted; {spec.episodes.min} are needed to know its tasks",
+            "let it work first, or give a baseline in the canary's file",
+        )
+    if not at_work:
+        raise ConfigError(
+            f"no production robot was heard of in the last {spec.window_hours:g} hours: nothing to compare with",
+            "start one (see `lwd status`), or give a baseline in the canary's file",
+        )
+
+
+def _stream(spec: CanarySpec) -> GateSpec:
+    """The deployment's stream of candidates, with the canary's numbers of episodes."""
+    return load_gate().model_copy(update={"episodes": spec.episodes})
 
 
 def stop_trial(plane: Deployment, reason: str, *, actor: str = "operator") -> int:
@@ -130,20 +174,40 @@ class Watcher:
         version, champion = self._plane.registry.alias("canary"), self._plane.registry.alias("champion")
         if version is None or champion is None:
             return None
+        spec = self._spec
         with self._plane.catalog.read() as connection:
             trial = find_trial(connection, version, champion)
-            earlier, during = episodes_of(connection, trial, self._spec.episodes.max)
+            during = episodes_of(connection, trial)
+            _, known = worked_before(connection, trial, spec.episodes.max)
             found = canary_robots(connection)
             held = refused_of(connection, trial, found)
-        baseline = self._spec.baseline
-        tasks = sorted(baseline.success if baseline is not None else {episode.task for episode in earlier})
-        decision = decide_trial(self._spec, [*earlier, *during], tasks, self._refused(held, version))
-        if len(found) > self._spec.reach.robots and decision.answer is not Answer.HARM:
-            reason = f"{len(found)} robots are in the canary cohort, {self._spec.reach.robots} allowed"
-            decision = replace(decision, answer=Answer.STOP, reasons=(reason, *decision.reasons))
-        return self._act(Look(trial, tuple(found), decision))
+            unable = {robot: why for robot, why in refusals(connection, version).items() if robot in found}
+        tasks = known if spec.baseline is None else sorted(spec.baseline.success)
+        entered = trial_at_work(self._plane, version, tasks) if self._may_promote else None
+        standing = None if entered is None else Standing.of(entered.spec, entered.level, entered.opened_at)
+        decision = decide_trial(spec, during, tasks, self._refused(held, version), standing=standing)
+        if decision.answer is not Answer.HARM and (ends := self._ends(trial, decision.answer, found, unable)):
+            decision = replace(decision, answer=Answer.STOP, reasons=(*ends, *decision.reasons), better=False)
+        return self._act(Look(trial, tuple(found), decision), entered)
 
-    def _act(self, look: Look) -> Look | None:
+    @property
+    def _may_promote(self) -> bool:
+        """By itself: never where a person decides, nor on a comparison with fixed rates."""
+        return self._spec.automatic and self._spec.baseline is None and not self._plane.registry.needs_approval
+
+    def _ends(self, trial: Trial, answer: Answer, found: Sequence[str], unable: Mapping[str, str]) -> list[str]:
+        """Why the trial ends, whatever it shows."""
+        ends = [f"robot {robot} refuses the policy: {why}" for robot, why in unable.items()]
+        if len(found) > self._spec.reach.robots:
+            ends.append(f"{len(found)} robots are in the canary cohort, {self._spec.reach.robots} allowed")
+        since, state = trial.restarted_at, "without an answer"
+        if answer is Answer.SAFE and trial.safe_at is not None:
+            since, state = trial.safe_at, "after it was found SAFE"
+        if trial.at - since > self._spec.hours.max * HOUR_S:
+            ends.append(f"on trial for more than {self._spec.hours.max:g} hours {state}")
+        return ends
+
+    def _act(self, look: Look, entered: Entered | None) -> Look | None:
         version, decision, registry = look.trial.version, look.decision, self._plane.registry
         evidence = decision.evidence | {"verdict": str(decision.answer), "reasons": list(decision.reasons)}
         acted: Acted = ""
@@ -151,12 +215,19 @@ class Watcher:
             end: Literal["refuse", "withdraw"] = "refuse" if decision.answer is Answer.HARM else "withdraw"
             if not registry.end_trial(version, evidence, decision=end, proposer=PROPOSER):
                 return None
+            if entered is not None and decision.answer is Answer.HARM:
+                close_trial(self._plane, entered, "FAIL")
             acted = "refused" if end == "refuse" else "withdrawn"
-        elif decision.answer is Answer.SAFE and self._spec.automatic and not self._plane.settings.approval:
+        elif decision.answer is Answer.SAFE and decision.better and entered is not None:
+            close_trial(self._plane, entered, "PASS")
+            stream = {"trial": entered.id, "position": entered.position, "reference": entered.reference}
             try:
-                registry.promote(version, evidence, proposer=PROPOSER, on_trial=True)
+                registry.promote(
+                    version, evidence | {"stream": stream}, proposer=PROPOSER, against=look.trial.champion,
+                    on_trial=True, known_failures=weaknesses(evidence),
+                )  # fmt: skip
             except ConfigError:
-                if registry.alias("canary") == version:
+                if registry.alias("canary") == version and registry.alias("champion") == look.trial.champion:
                     raise
                 return None  # somebody else was first
             acted = "promoted"

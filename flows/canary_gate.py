@@ -1,14 +1,16 @@
 """The canary's gate: HARM, SAFE, CONTINUE or STOP from a candidate's episodes at work, valid however often it is asked.
 
-The same betting tests as the promotion gate's (`flows.gate`), on pairs of one episode of the candidate and one of the
-champion of the same task. HARM spends half of alpha on success over all tasks, a quarter on takeovers and a quarter on
-the single tasks, so that a candidate which is no worse than the margins is *ever* sent back with probability of at most
-alpha. Each of them holds for any mixture and order of the tasks. SAFE is shown on rounds with one pair of each task.
+The same betting tests as the promotion gate's (`flows.gate`), on concurrent pairs (`flows.canary_pairs`).
+
+HARM spends half of alpha on success over all tasks, a quarter on takeovers and a quarter on the single tasks, so that a
+candidate which is no worse than the margins is *ever* sent back with probability of at most alpha. Each of them holds
+for any mixture and order of the tasks. SAFE is shown on rounds with one pair of each task; so is "better", at the level
+of the trial in the deployment's stream of candidates: many that are SAFE may each lose a little; they are not better.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,12 +20,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from flows.gate import EpisodesSpec, shown
+from flows.canary_pairs import AtWork, Pair, concurrent_pairs, pairs_with_rates
+from flows.gate import EpisodesSpec, GateSpec, episodes_at, shown
 from flows.spec import Section, read_spec
 from lwd_model.statistics import confidence_sequence, wilson
 
 DEFAULT_CANARY = Path(__file__).parent / "gates" / "canary.yaml"
 REFUSED = "refused"
+HOUR_S = 3600.0
+_MAX_KINDS = 100  # of safety events in the evidence, the most frequent ones
+_MAX_NAMED = 10  # kinds of safety events in the reasons
 
 
 class Answer(StrEnum):
@@ -41,8 +47,8 @@ class MarginSpec(Section):
     margin: float = Field(ge=0, lt=1)
 
 
-class SafetySpec(Section):
-    refused: int = Field(0, ge=0)
+class HoursSpec(Section):
+    max: float = Field(24.0, gt=0)
 
 
 class BaselineSpec(Section):
@@ -60,26 +66,31 @@ class CanarySpec(Section):
     harm: MarginSpec
     interventions: MarginSpec
     safe: MarginSpec
-    safety: SafetySpec = SafetySpec()
+    safety: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    window_hours: float = Field(1.0, gt=0)
+    hours: HoursSpec = HoursSpec()
     automatic: bool = False
     baseline: BaselineSpec | None = None
 
 
 @dataclass(frozen=True)
-class AtWork:
-    """One episode at a robot's real work.
+class Standing:
+    """A trial's place in the stream of candidates.
 
     Attributes:
-        task: task key.
-        success: reached its goal, nobody taking over.
-        intervened: somebody took over.
-        candidate: ran by the candidate; else by the champion.
+        level: at which the candidate must be shown better to be promoted by itself.
+        planned: pairs of all tasks at which most of the power is wanted.
+        opened_at: pairs with a half committed before do not count, the catalog's clock.
     """
 
-    task: str
-    success: bool
-    intervened: bool
-    candidate: bool
+    level: float
+    planned: int
+    opened_at: float
+
+    @classmethod
+    def of(cls, spec: GateSpec, level: float, opened_at: float) -> Standing:
+        """From the stream's spec, with the canary's numbers of episodes."""
+        return cls(level, episodes_at(spec, level).planned, opened_at)
 
 
 @dataclass(frozen=True)
@@ -90,11 +101,13 @@ class TrialDecision:
         answer: HARM, SAFE, CONTINUE or STOP.
         reasons: sentences, the decisive ones first.
         evidence: JSON values for audit and model card.
+        better: whether it is also shown to be better than the champion, at the level of its trial.
     """
 
     answer: Answer
     reasons: tuple[str, ...]
     evidence: dict[str, Any]
+    better: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,19 +151,37 @@ def weigh(spec: CanarySpec, success: np.ndarray, takeover: np.ndarray, task: np.
             return np.ones(values.shape[:-1])
         return shown(values[..., None], null, alpha=level, planned=aim)[..., -1]
 
-    rounds = min((column.shape[-1] for column in columns), default=0)
-    safe = np.ones(success.shape[:-1])
-    if rounds:
-        together = np.stack([column[..., :rounds] for column in columns], axis=-1)
-        safe = shown(together, -spec.safe.margin, alpha=alpha, planned=each)[..., -1]
     judged = columns if tasks > 1 else []
     single = [last(-column, spec.harm.margin, alpha / (4 * tasks), each) for column in judged]
     return Evidence(
         harm=last(-success, spec.harm.margin, alpha / 2, planned),
         interventions=last(takeover, spec.interventions.margin, alpha / 4, planned),
         single=np.stack(single, axis=-1) if single else np.ones((*success.shape[:-1], 0)),
-        safe=safe,
+        safe=_in_rounds(columns, -spec.safe.margin, alpha, each, success.shape[:-1]),
     )
+
+
+def weigh_better(standing: Standing, success: np.ndarray, task: np.ndarray, tasks: int) -> np.ndarray:
+    """Evidence against "the task-averaged success is at most the champion's"; needs 1/level: (...,).
+
+    Args:
+        standing: the trial's place in the stream.
+        success, task, tasks: as `weigh` has them, of the pairs since the trial was opened.
+    """
+    columns = [success[..., task == k] for k in range(tasks)]
+    each = max(1, standing.planned // max(tasks, 1))
+    return _in_rounds(columns, 0.0, standing.level, each, success.shape[:-1])
+
+
+def _in_rounds(
+    columns: Sequence[np.ndarray], null: float, alpha: float, planned: int, lead: tuple[int, ...]
+) -> np.ndarray:
+    """Evidence against "the task-averaged mean is at most `null`" from whole rounds: one pair of each task."""
+    rounds = min((column.shape[-1] for column in columns), default=0)
+    if not rounds:
+        return np.ones(lead)
+    together = np.stack([column[..., :rounds] for column in columns], axis=-1)
+    return shown(together, null, alpha=alpha, planned=planned)[..., -1]
 
 
 def harmful(spec: CanarySpec, evidence: Evidence) -> np.ndarray:
@@ -163,28 +194,35 @@ def harmful(spec: CanarySpec, evidence: Evidence) -> np.ndarray:
     )
 
 
-def decide_trial(spec: CanarySpec, episodes: Sequence[AtWork], tasks: Sequence[str], refused: int = 0) -> TrialDecision:
+def decide_trial(
+    spec: CanarySpec,
+    episodes: Sequence[AtWork],
+    tasks: Sequence[str],
+    refused: int = 0,
+    *,
+    standing: Standing | None = None,
+) -> TrialDecision:
     """Judge a candidate at work.
 
     Args:
         spec: thresholds.
-        episodes: both policies', in the order in which they came in; later calls only append.
+        episodes: both policies' since the trial began, in the order in which they came in; later calls only append.
         tasks: those that the champion had run before the trial: fixed, or the answers are not valid together.
         refused: the candidate's episodes that the data contract refused.
+        standing: of a trial that may promote by itself.
     """
     ran = sum(episode.candidate for episode in episodes)
     pairs = _pairs(spec, episodes)
     number = {task: k for k, task in enumerate(tasks)}
-    success = np.array([pair[1] for pair in pairs], dtype=np.float64)
-    takeover = np.array([pair[2] for pair in pairs], dtype=np.float64)
-    task = np.array([number.get(pair[0], -1) for pair in pairs], dtype=np.int64)
+    success = np.array([pair.success for pair in pairs], dtype=np.float64)
+    takeover = np.array([pair.takeover for pair in pairs], dtype=np.float64)
+    task = np.array([number.get(pair.task, -1) for pair in pairs], dtype=np.int64)
     found = weigh(spec, success, takeover, task, len(tasks))
     lost = float(success.mean()) if pairs else 0.0
     rise = float(takeover.mean()) if pairs else 0.0
 
-    harms = [f"safety: {refused} episodes refused by the contract, {spec.safety.refused} allowed"]
-    if refused <= spec.safety.refused:
-        harms = []
+    counted = _events(episodes, refused)
+    harms = _unsafe(spec, counted)
     if found.harm >= 2 / spec.alpha:
         harms.append(f"success: shown to be lower by more than {spec.harm.margin:g} (observed {lost:+.2f})")
     if found.interventions >= 4 / spec.alpha:
@@ -207,11 +245,20 @@ def decide_trial(spec: CanarySpec, episodes: Sequence[AtWork], tasks: Sequence[s
     if rise > spec.interventions.margin:
         holds.append(f"takeovers look more frequent by more than {spec.interventions.margin:g} (observed {rise:+.2f})")
 
+    e_better, wanted, better = 1.0, 0.0, False
+    if standing is not None:
+        since = np.array([pair.since >= standing.opened_at for pair in pairs], dtype=bool)
+        e_better, wanted = float(weigh_better(standing, success[since], task[since], len(tasks))), 1 / standing.level
+        better = e_better >= wanted
+
     if harms:
         answer, reasons = Answer.HARM, harms
     elif not holds:
         answer = Answer.SAFE
         reasons = [f"success: shown not to be lower by more than {spec.safe.margin:g} (observed {lost:+.2f})"]
+        if standing is not None:
+            said = "also shown" if better else "not yet shown"
+            reasons.append(f"{said} to be better than the champion (evidence {e_better:.3g} of {wanted:.3g})")
     elif ran >= spec.episodes.max:
         answer, reasons = Answer.STOP, [f"the bound of {spec.episodes.max} episodes is reached", *holds]
     else:
@@ -226,30 +273,35 @@ def decide_trial(spec: CanarySpec, episodes: Sequence[AtWork], tasks: Sequence[s
         "e_interventions": float(found.interventions),
         "e_safe": float(found.safe),
         "per_task": _per_task(spec, episodes),
-        "safety": {REFUSED: refused},
+        "safety": counted,
+        "better": None if standing is None else {"evidence": e_better, "needed": wanted, "level": standing.level},
     }
-    return TrialDecision(answer, tuple(reasons), evidence)
+    return TrialDecision(answer, tuple(reasons), evidence, better)
 
 
-def _pairs(spec: CanarySpec, episodes: Sequence[AtWork]) -> list[tuple[str, float, float]]:
-    """(task, difference in success, difference in takeovers), in the order in which both halves were there."""
-    pairs: list[tuple[str, float, float]] = []
+def _pairs(spec: CanarySpec, episodes: Sequence[AtWork]) -> list[Pair]:
     if spec.baseline is not None:
-        rates, takeovers = spec.baseline.success, spec.baseline.interventions
-        for new in episodes:
-            if new.candidate and new.task in rates:
-                pairs.append((new.task, new.success - rates[new.task], new.intervened - takeovers))
-        return pairs
-    waiting: dict[tuple[str, bool], deque[AtWork]] = defaultdict(deque)
+        return pairs_with_rates(episodes, spec.baseline.success, spec.baseline.interventions)
+    return concurrent_pairs(episodes, spec.window_hours * HOUR_S)
+
+
+def _events(episodes: Sequence[AtWork], refused: int) -> dict[str, int]:
+    """The candidate's safety events by kind, and its episodes that the contract refused."""
+    counts = Counter({REFUSED: refused})
     for episode in episodes:
-        others = waiting[episode.task, not episode.candidate]
-        if not others:
-            waiting[episode.task, episode.candidate].append(episode)
-            continue
-        other = others.popleft()
-        new, old = (episode, other) if episode.candidate else (other, episode)
-        pairs.append((new.task, float(new.success) - old.success, float(new.intervened) - old.intervened))
-    return pairs
+        if episode.candidate:
+            counts.update(episode.safety)
+    return dict(counts.most_common(_MAX_KINDS))
+
+
+def _unsafe(spec: CanarySpec, counted: dict[str, int]) -> list[str]:
+    beyond = [(kind, count) for kind, count in counted.items() if count > spec.safety.get(kind, 0)]
+    harms = [
+        f"safety: {count} {'episodes refused by the contract' if kind == REFUSED else f'{kind} events'}, "
+        f"{spec.safety.get(kind, 0)} allowed"
+        for kind, count in beyond[:_MAX_NAMED]
+    ]
+    return [*harms, f"safety: {len(beyond) - _MAX_NAMED} more kinds of events"] if len(beyond) > _MAX_NAMED else harms
 
 
 def _difference(spec: CanarySpec, values: np.ndarray) -> dict[str, float]:

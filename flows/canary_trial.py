@@ -1,18 +1,19 @@
 """A trial as the catalog knows it: what is compared with what, the episodes of both, the robots that take part.
 
-What counts is told by data snapshots, never by time: the registry writes with each decision which one was current.
+Where a trial begins is told by data snapshots, never by time: the registry writes with each decision which one was
+current. Whose an episode is, is told by cohorts: the candidate's are those of canary robots that say its version, the
+champion's those of production robots that say the champion's. What else says one of the two counts for neither.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sqlalchemy as sa
 
-from flows.canary_gate import AtWork
+from flows.canary_pairs import AtWork
 from infra.catalog import schema
 from infra.catalog.dialect import now
 from infra.snapshots import current
@@ -29,6 +30,8 @@ class Trial:
         since: data snapshot after which the candidate's episodes count, from its first trial against this champion on;
             `started_at`, the same by the catalog's clock.
         before: data snapshot that was current when the champion became it.
+        restarted_at: when it was put on trial last; `safe_at`, when it was found SAFE since, if it was.
+        at: when this was read, by the catalog's clock as all of these.
     """
 
     version: int
@@ -36,17 +39,21 @@ class Trial:
     since: int
     started_at: float
     before: int
+    restarted_at: float
+    safe_at: float | None
+    at: float
 
 
 def find_trial(connection: sa.Connection, version: int, champion: int) -> Trial:
     """The trial of `version` against `champion`, as it is or would be if it began now."""
-    table = schema.promotions
-    first = connection.execute(
-        sa.select(table)
-        .where(table.c.version == version, table.c.decision == "canary", table.c.from_version == champion)
-        .order_by(table.c.id)
-        .limit(1)
-    ).first()
+    table, at = schema.promotions, now(connection)
+    mine = sa.select(table).where(table.c.version == version, table.c.from_version == champion)
+    begun = connection.execute(mine.where(table.c.decision == "canary").order_by(table.c.id)).all()
+    first, last = (begun[0], begun[-1]) if begun else (None, None)
+    safe = None
+    if last is not None:
+        found = mine.where(table.c.decision == "safe", table.c.id > last.id).order_by(table.c.id).limit(1)
+        safe = connection.execute(found).first()
     promoted = connection.execute(
         sa.select(table)
         .where(table.c.version == champion, table.c.decision.in_(("promote", "rollback")))
@@ -57,25 +64,59 @@ def find_trial(connection: sa.Connection, version: int, champion: int) -> Trial:
         version,
         champion,
         since=current(connection).version if first is None else int(first.evidence.get("at_snapshot", 0)),
-        started_at=now(connection) if first is None else float(first.created_at),
+        started_at=at if first is None else float(first.created_at),
         before=0 if promoted is None else int(promoted.evidence.get("at_snapshot", 0)),
+        restarted_at=at if last is None else float(last.created_at),
+        safe_at=None if safe is None else float(safe.created_at),
+        at=at,
     )
 
 
-def episodes_of(connection: sa.Connection, trial: Trial, most: int) -> tuple[list[AtWork], list[AtWork]]:
-    """The champion's newest `most` episodes from before the trial, and both policies' since, as they came in.
+def episodes_of(connection: sa.Connection, trial: Trial) -> list[AtWork]:
+    """Both policies' episodes since the trial began, in the order in which they came in."""
+    member, episode = schema.snapshot_episodes, schema.episodes
+    query = (
+        sa.select(member, episode.c.robot_id, episode.c.committed_at)
+        .join(episode, episode.c.episode_id == member.c.episode_id)
+        .where(
+            member.c.removed.is_(None), member.c.source == "online", member.c.added > trial.since,
+            member.c.policy_version.in_((trial.version, trial.champion)),
+        )
+        .order_by(member.c.added, episode.c.committed_at, member.c.episode_id)
+    )  # fmt: skip
+    arms = {trial.version: canary_robots(connection), trial.champion: production_robots(connection)}
+    robots = {version: set(found) for version, found in arms.items()}
+    return [
+        AtWork(
+            task=row.task,
+            success=row.outcome == "success" and row.interventions == 0,
+            intervened=row.interventions > 0,
+            candidate=row.policy_version == trial.version,
+            at=row.committed_at,
+            safety=row.safety or {},
+        )
+        for row in connection.execute(query)
+        if row.robot_id in robots[row.policy_version]
+    ]
 
-    Robots of the learning cohort follow every candidate and have operators at hand: theirs do not count.
-    """
-    added, identifier = schema.snapshot_episodes.c.added, schema.snapshot_episodes.c.episode_id
-    policy = schema.snapshot_episodes.c.policy_version
-    champion = sa.and_(policy == trial.champion, added > trial.before)
-    earlier = _at_work(champion, added <= trial.since).order_by(added.desc(), identifier.desc()).limit(most)
-    during = _at_work(added > trial.since, sa.or_(champion, policy == trial.version)).order_by(added, identifier)
-    return (
-        [_episode(row, trial) for row in reversed(list(connection.execute(earlier)))],
-        [_episode(row, trial) for row in connection.execute(during)],
-    )
+
+def worked_before(connection: sa.Connection, trial: Trial, most: int) -> tuple[int, list[str]]:
+    """How many of the champion's newest `most` episodes from before the trial there are, by production and canary
+    robots, and the tasks of the production robots among them. No outcome of theirs is looked at."""
+    member, episode, robot = schema.snapshot_episodes, schema.episodes, schema.robots
+    query = (
+        sa.select(member.c.task, episode.c.robot_id)
+        .join(episode, episode.c.episode_id == member.c.episode_id)
+        .join(robot, robot.c.robot_id == episode.c.robot_id)
+        .where(
+            member.c.removed.is_(None), member.c.source == "online", robot.c.cohort.in_(("canary", "production")),
+            member.c.policy_version == trial.champion, member.c.added > trial.before, member.c.added <= trial.since,
+        )
+        .order_by(member.c.added.desc(), member.c.episode_id.desc())
+        .limit(most)
+    )  # fmt: skip
+    rows, production = connection.execute(query).all(), set(production_robots(connection))
+    return len(rows), sorted({row.task for row in rows if row.robot_id in production})
 
 
 def canary_robots(connection: sa.Connection) -> list[str]:
@@ -83,14 +124,31 @@ def canary_robots(connection: sa.Connection) -> list[str]:
 
     A robot that has tokens is where its valid ones say; with none that is valid it gets no policy.
     """
+    return sorted(robot for robot, found in _cohorts(connection).items() if "canary" in found)
+
+
+def production_robots(connection: sa.Connection, since: float | None = None) -> list[str]:
+    """The robots of the production cohort and of no other.
+
+    Args:
+        since: only those that were heard of since then, by the catalog's clock.
+    """
+    found = {robot for robot, cohorts in _cohorts(connection).items() if cohorts == {"production"}}
+    if since is not None:
+        seen = schema.robots
+        found &= set(connection.execute(sa.select(seen.c.robot_id).where(seen.c.last_seen >= since)).scalars())
+    return sorted(found)
+
+
+def _cohorts(connection: sa.Connection) -> dict[str, Collection[str]]:
+    """The cohorts of each robot."""
     seen, tokens = schema.robots, schema.robot_tokens
     enrolled: dict[str, set[str]] = defaultdict(set)
     at = now(connection)
     for row in connection.execute(sa.select(tokens)):
         enrolled[row.robot_id] |= {row.cohort} if row.revoked_at is None and row.expires_at > at else set()
-    said = connection.execute(sa.select(seen.c.robot_id).where(seen.c.cohort == "canary")).scalars()
-    free = {robot for robot in said if robot not in enrolled}
-    return sorted(free | {robot for robot, cohorts in enrolled.items() if "canary" in cohorts})
+    said = connection.execute(sa.select(seen.c.robot_id, seen.c.cohort))
+    return {row.robot_id: {row.cohort} for row in said} | enrolled
 
 
 def refused_of(connection: sa.Connection, trial: Trial, robots: Sequence[str]) -> list[tuple[int, str]]:
@@ -102,25 +160,3 @@ def refused_of(connection: sa.Connection, trial: Trial, robots: Sequence[str]) -
         )
     )
     return [(row.id, row.key) for row in rows if not {reason["rule"] for reason in row.reasons} & _CHECK_FAILED]
-
-
-def _at_work(*conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
-    member, episode, robot = schema.snapshot_episodes, schema.episodes, schema.robots
-    return (
-        sa.select(member.c.task, member.c.outcome, member.c.interventions, member.c.policy_version)
-        .join(episode, episode.c.episode_id == member.c.episode_id)
-        .join(robot, robot.c.robot_id == episode.c.robot_id)
-        .where(
-            member.c.removed.is_(None), member.c.source == "online", robot.c.cohort.in_(("canary", "production")),
-            *conditions,
-        )
-    )  # fmt: skip
-
-
-def _episode(row: Any, trial: Trial) -> AtWork:
-    return AtWork(
-        task=row.task,
-        success=row.outcome == "success" and row.interventions == 0,
-        intervened=row.interventions > 0,
-        candidate=row.policy_version == trial.version,
-    )

@@ -2,7 +2,8 @@
 
 A trial is a row of the catalog with its own seed, its place in the stream of candidates and the level that goes with
 it; its episodes are rows as well. Interrupted or asked again it goes on: an episode counts once, and no second draw is
-made. Episodes that anything else ran never decide.
+made. Episodes that anything else ran never decide. A canary that may promote has its place in the same stream;
+its episodes are those that robots ran (`flows.canary_trial`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import sqlalchemy as sa
@@ -38,6 +40,8 @@ class Trial:
         position, level: its place in the stream, from 1, and the level that goes with it.
         seed: of its start states.
         spec: the thresholds that held when it began.
+        verdict: PASS or FAIL, once given.
+        opened_at: when it began, by the catalog's clock.
     """
 
     id: int
@@ -50,6 +54,7 @@ class Trial:
     seed: int
     spec: GateSpec
     verdict: str
+    opened_at: float
 
     @property
     def arms(self) -> tuple[int, ...]:
@@ -87,7 +92,7 @@ def reference_of(plane: Deployment) -> int:
     return int(standing if standing is not None else first if first is not None else champion)
 
 
-def open_trial(plane: Deployment, params: Params, candidate: int, spec: GateSpec, kind: Kind = "gate") -> Trial:
+def open_trial(plane: Deployment, params: Params, candidate: int, spec: GateSpec) -> Trial:
     """The trial of a candidate against today's champion and reference: the one under way, or a new one.
 
     Raises:
@@ -96,31 +101,93 @@ def open_trial(plane: Deployment, params: Params, candidate: int, spec: GateSpec
     champion, reference = plane.registry.alias("champion"), reference_of(plane)
     if champion is None:  # of the type alone: reference_of has refused it
         raise ConfigError("there is no champion to compare with", "introduce the pipeline's policies: `lwd online`")
+    said = _digests(plane, candidate, champion, reference) | world(params.tasks)
+    return _enter(plane, "gate", (candidate, champion, reference), said, spec)
+
+
+def open_trial_at_work(plane: Deployment, candidate: int, tasks: Sequence[str], spec: GateSpec) -> Trial | None:
+    """The trial of a candidate at real work against today's champion: the one that was opened, or a new one.
+
+    None where the champion is not the reference: at work nothing runs beside the champion that a chain of small losses
+    could be held against.
+
+    Args:
+        tasks: those that it is judged by; with others it is another trial.
+        spec: the gate's stream, with the canary's numbers of episodes.
+
+    Raises:
+        ConfigError: there is no champion, or no such candidate.
+    """
+    arms, said = _at_work(plane, candidate, tasks)
+    return None if arms is None else _enter(plane, "canary", arms, said, spec)
+
+
+def trial_at_work(plane: Deployment, candidate: int, tasks: Sequence[str]) -> Trial | None:
+    """The trial that `open_trial_at_work` opened; None if it did not, or if it would open none now.
+
+    Raises:
+        ConfigError: as there.
+    """
+    arms, said = _at_work(plane, candidate, tasks)
+    if arms is None:
+        return None
+    with plane.catalog.read() as connection:
+        row = connection.execute(_row_of("canary", arms, said)).first()
+    return None if row is None else _trial(row)
+
+
+def _at_work(
+    plane: Deployment, candidate: int, tasks: Sequence[str]
+) -> tuple[tuple[int, int, int] | None, dict[str, Any]]:
+    champion, reference = plane.registry.alias("champion"), reference_of(plane)
+    said = _digests(plane, candidate, reference) | {"tasks": sorted(tasks)}
+    return (candidate, reference, reference) if champion == reference else None, said
+
+
+def _digests(plane: Deployment, *versions: int) -> dict[str, Any]:
     digests = {row["version"]: row["manifest_sha256"] for row in plane.registry.policies()}
-    if candidate not in digests:
-        raise ConfigError(f"there is no policy {candidate}", "list them with `lwd policies`")
-    said = {"policies": [digests[version] for version in (candidate, champion, reference)]} | world(params.tasks)
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    table = schema.trials
-    key = {"kind": kind, "candidate": candidate, "champion": champion, "reference": reference}
-    mine = sa.select(table).where(
-        *(table.c[name] == value for name, value in key.items()), table.c.conditions_sha256 == digest
-    )
+    if versions[0] not in digests:
+        raise ConfigError(f"there is no policy {versions[0]}", "list them with `lwd policies`")
+    return {"policies": [digests[version] for version in versions]}
+
+
+def _enter(plane: Deployment, kind: Kind, arms: tuple[int, int, int], said: dict[str, Any], spec: GateSpec) -> Trial:
+    """The trial of candidate, champion and reference under these conditions; a new one takes the next place."""
+    candidate, champion, reference = arms
+    table, mine = schema.trials, _row_of(kind, arms, said)
     with plane.catalog.begin() as connection:
         row = connection.execute(mine).first()
         if row is None:
             last = connection.execute(sa.select(sa.func.max(table.c.position))).scalar() or 0
             passed = sa.select(sa.func.count()).select_from(table).where(table.c.verdict == "PASS")
             level = level_at(spec, last + 1, connection.execute(passed).scalar_one())
-            values = key | {
-                "conditions_sha256": digest, "conditions": said, "spec": spec.model_dump(), "position": last + 1,
-                "level": level, "seed": secrets.randbits(48), "created_at": now(connection),
+            values = {
+                "kind": kind, "candidate": candidate, "champion": champion, "reference": reference,
+                "conditions_sha256": _digest(said), "conditions": said, "spec": spec.model_dump(),
+                "position": last + 1, "level": level, "seed": secrets.randbits(48), "created_at": now(connection),
             }  # fmt: skip
             connection.execute(table.insert().values(values))
             row = connection.execute(mine).one()
+    return _trial(row)
+
+
+def _row_of(kind: Kind, arms: tuple[int, int, int], said: dict[str, Any]) -> sa.Select[Any]:
+    table = schema.trials
+    candidate, champion, reference = arms
+    return sa.select(table).where(
+        table.c.kind == kind, table.c.candidate == candidate, table.c.champion == champion,
+        table.c.reference == reference, table.c.conditions_sha256 == _digest(said),
+    )  # fmt: skip
+
+
+def _digest(said: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _trial(row: Any) -> Trial:
     return Trial(
-        row.id, kind, candidate, champion, reference, row.position, row.level, row.seed,
-        GateSpec.model_validate(row.spec), row.verdict,
+        row.id, row.kind, row.candidate, row.champion, row.reference, row.position, row.level, row.seed,
+        GateSpec.model_validate(row.spec), row.verdict, row.created_at,
     )  # fmt: skip
 
 

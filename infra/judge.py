@@ -16,7 +16,10 @@ from infra.errors import CorruptDataError, named, shown
 log = logging.getLogger(__name__)
 _TOLD = ("task", "source", "outcome", "policy_version", "steps")  # of an episode, to the catalog
 _MEMORY = "it takes more memory than the setting examine_mib allows"
-_MAX_WORD = 64  # characters of a rule's id, and of a severity
+_MAX_WORD = 64  # characters of a rule's id, of a severity, and of a kind of safety event
+_MAX_KINDS = 32  # of safety events that one episode tells of
+_MAX_EVENTS = 2**31 - 1  # of one kind
+UNREADABLE = "unreadable_safety"
 Reason = dict[str, str]
 
 
@@ -74,6 +77,28 @@ def reasons_of(violations: Iterable[Violation]) -> list[Reason]:
     return kept
 
 
+def safety_of(extra: Mapping[str, Any]) -> dict[str, int]:
+    """The events that the robot's shield counted, by kind; what is no count of events is one of kind `UNREADABLE`.
+
+    Args:
+        extra: the episode's; its `safety` is what a robot wrote, so anything.
+    """
+    reported = extra.get("safety", {})
+    if not isinstance(reported, Mapping):
+        return {UNREADABLE: 1}
+    counts: dict[str, int] = {}
+    unreadable = max(0, len(reported) - _MAX_KINDS)
+    for kind, count in sorted(reported.items(), key=lambda item: str(item[0]))[:_MAX_KINDS]:
+        readable = isinstance(kind, str) and shown(kind, _MAX_WORD) == kind
+        if not readable or type(count) is not int or not 0 <= count <= _MAX_EVENTS:
+            unreadable += 1
+        elif count:
+            counts[kind] = count
+    if unreadable:
+        counts[UNREADABLE] = min(counts.get(UNREADABLE, 0) + unreadable, _MAX_EVENTS)
+    return counts
+
+
 def refuses(reasons: Iterable[Reason]) -> bool:
     """Whether one of them is more than a warning."""
     return any(one["severity"] != "warn" for one in reasons)
@@ -107,6 +132,8 @@ def judge(data: bytes, event: Announced, check: Check, *, decoded: Callable[[], 
         reasons = reasons_of(check(episode))
         told: dict[str, Any] = {name: getattr(episode, name) for name in _TOLD}
         told["interventions"] = int(episode.intervention.sum())
+        if safety := safety_of(episode.extra):
+            told["safety"] = safety
     except MemoryError:
         return refused("contract", "memory budget", _MEMORY)
     except Exception as error:  # a check that breaks accepts nothing; Ingest.release() tries again

@@ -69,14 +69,29 @@ class Fleet:
     def run(self, name: str, successes: list[bool], **changes: object) -> None:
         """Episodes of one robot, under the policy that it has, to the snapshot."""
         for success in successes:
-            version = self.boundary(name)
-            episode = example_episode(
-                self.number, robot=name, policy_version=version, task=TASKS[self.number % 4],
-                outcome="success" if success else "failure", **changes,
-            )  # fmt: skip
-            data = encode(episode)
-            self.ingest.submit(name, episode.episode_id, data, digest(data), len(data))
-            self.number += 1
+            self._submit(name, success, TASKS[self.number % 4], changes)
+        self._settle()
+
+    def together(self, new: list[bool], old: list[bool], **changes: object) -> None:
+        """Episodes of the canary robot c0, and as many of the production robot p0 of the same tasks, in turn.
+
+        Args:
+            new, old: outcomes of c0 and p0.
+            changes: to the canary robot's episodes.
+        """
+        for number, (ours, theirs) in enumerate(zip(new, old, strict=True)):
+            self._submit("c0", ours, TASKS[number % 4], changes)
+            self._submit("p0", theirs, TASKS[number % 4], {})
+        self._settle()
+
+    def _submit(self, name: str, success: bool, task: str, changes: dict[str, object]) -> None:
+        said = {"policy_version": self.boundary(name), "outcome": "success" if success else "failure", "task": task}
+        episode = example_episode(self.number, robot=name, **said | changes)
+        data = encode(episode)
+        self.ingest.submit(name, episode.episode_id, data, digest(data), len(data))
+        self.number += 1
+
+    def _settle(self) -> None:
         while self.coordinator.step():
             pass
 

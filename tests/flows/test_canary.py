@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +27,20 @@ from flows.canary_gate import (
     Answer,
     AtWork,
     CanarySpec,
+    Standing,
     decide_trial,
     harmful,
     load_canary,
     weigh,
+    weigh_better,
 )
+from flows.canary_pairs import concurrent
 from flows.deployment import Deployment, deployment
+from flows.gate import level_at, load_gate
+from flows.trials import reference_of, trial_at_work
 from infra.catalog import dialect, schema
 from infra.errors import ConfigError
+from infra.policy.refusals import record_refusals
 
 
 def changed(**sections: object) -> CanarySpec:
@@ -74,12 +79,12 @@ def test_a_sound_candidate_is_hardly_ever_sent_back(spec: CanarySpec, loss: floa
     """At most alpha, also at the worst that is allowed: success lower, and takeovers higher, by just the margins."""
     rise = 0.05 + spec.interventions.margin if loss else 0.05
     harm, _ = simulated(spec, CHAMPION - loss, CHAMPION, 2000, seed=1, takeovers=(rise, 0.05))
-    assert harm.mean() <= spec.alpha
+    assert harm.mean() <= (spec.alpha if loss else 0.01)
 
 
 def test_a_drop_is_found_within_the_bound(spec: CanarySpec) -> None:
-    harm, safe = simulated(spec, CHAMPION - 0.3, CHAMPION, 300, seed=2)
-    assert harm.mean() >= 0.95 and safe.mean() <= spec.alpha
+    harm, safe = simulated(spec, CHAMPION - 0.3, CHAMPION, 2000, seed=2)
+    assert harm.mean() >= 0.99 and safe.mean() <= spec.alpha
     early, _ = simulated(changed(episodes={"min": 30, "planned": 60, "max": 60}), CHAMPION - 0.3, CHAMPION, 300, seed=3)
     assert early.mean() >= 0.5
 
@@ -137,22 +142,101 @@ def test_a_given_baseline_needs_no_champion(spec: CanarySpec) -> None:
     assert decision.answer is Answer.HARM and decision.evidence["per_task"]["S1"]["baseline"] == 0.8
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_pairs_are_only_ever_added(data: st.DataObject, spec: CanarySpec) -> None:
-    """However the two policies' episodes interleave, later ones leave the pairs of earlier ones as they were, so that
-    the evidence is one gambler's wealth and not a new gambler's at each look."""
-    from flows.canary_gate import _pairs
+arrivals = st.lists(
+    st.tuples(st.sampled_from(TASKS), st.booleans(), st.floats(0, 10)), max_size=40
+)  # fmt: skip
 
-    episode = st.builds(AtWork, st.sampled_from(TASKS), st.booleans(), st.booleans(), st.booleans())
-    episodes = data.draw(st.lists(episode, max_size=40))
-    whole = _pairs(spec, episodes)
+
+@settings(max_examples=50, deadline=None)
+@given(episodes=arrivals, window=st.floats(0.1, 20))
+def test_pairs_are_concurrent_and_only_ever_added(episodes: list[tuple[str, bool, float]], window: float) -> None:
+    """However the two policies' episodes interleave, later ones leave the pairs of earlier ones as they were, so that
+    the evidence is one gambler's wealth and not a new gambler's at each look. The clock may go back."""
+
+    def paired(some: list[tuple[str, bool, float]]) -> list[tuple[int, int]]:
+        return concurrent([e[0] for e in some], [e[1] for e in some], [e[2] for e in some], window)
+
+    whole = paired(episodes)
     for cut in range(len(episodes)):
-        assert _pairs(spec, episodes[:cut]) == whole[: len(_pairs(spec, episodes[:cut]))]
-    assert len(whole) == sum(
-        min(sum(e.task == t and e.candidate for e in episodes), sum(e.task == t and not e.candidate for e in episodes))
-        for t in TASKS
-    )
+        early = paired(episodes[:cut])
+        assert early == whole[: len(early)]
+    used = [index for pair in whole for index in pair]
+    assert len(used) == len(set(used))
+    for new, old in whole:
+        (task, ours, at), (same, theirs, then) = episodes[new], episodes[old]
+        assert task == same and ours and not theirs and abs(at - then) <= window
+
+
+def test_each_episode_takes_the_newest_within_the_window() -> None:
+    at = [0.0, 10.0, 20.0, 90.0, 25.0]
+    assert concurrent(["S1"] * 5, [False, False, False, False, True], at, 60.0) == [(4, 2)]
+    assert concurrent(["S1"] * 3, [False, False, True], [0.0, 1.0, 2.0], 60.0) == [(2, 1)]
+    assert concurrent(["S1", "S2"], [False, True], [0.0, 0.0], 60.0) == []
+    assert concurrent(["S1"] * 2, [True, False], [0.0, 61.0], 60.0) == []
+
+
+def day(spec: CanarySpec, trials: int, seed: int, loss: float, drift: float) -> tuple[np.ndarray, ...]:
+    """Pairs of one day: one canary robot, and production robots that work most in the morning; success of both changes
+    by `drift` from morning to night. Differences in success (S, P), and the tasks (P,)."""
+    rng = np.random.default_rng(seed)
+    ours, theirs = np.sort(rng.uniform(0, 24, 200)), np.sort(24 * rng.beta(1, 2, 1500))
+    at = np.concatenate([ours, theirs])
+    order = np.argsort(at)
+    task = rng.integers(0, 4, at.size)
+    new = np.concatenate([np.ones(200, bool), np.zeros(1500, bool)])
+    names = [TASKS[k] for k in task[order]]
+    pairs = np.array(concurrent(names, list(new[order]), list(at[order] * 3600), spec.window_hours * 3600))
+    rates = CHAMPION[task] + drift * (at / 24) - np.where(new, loss, 0.0)
+    won = (rng.random((trials, at.size)) < np.clip(rates, 0, 1))[:, order].astype(float)
+    return won[:, pairs[:, 0]] - won[:, pairs[:, 1]], task[order][pairs[:, 0]]
+
+
+@pytest.mark.parametrize("drift", [-0.2, 0.0, 0.1])
+def test_a_drift_of_the_day_is_not_taken_for_harm(spec: CanarySpec, drift: float) -> None:
+    """A trial that compared with the morning's episodes would send most candidates back."""
+    for loss, most in ((0.0, 0.01), (spec.harm.margin, spec.alpha)):
+        won, task = day(spec, 1000, 8, loss, drift)
+        found = weigh(spec, won, np.zeros_like(won), task, len(TASKS))
+        assert won.shape[1] >= 190 and harmful(spec, found).mean() <= most
+    won, task = day(spec, 500, 9, 0.3, drift)
+    assert harmful(spec, weigh(spec, won, np.zeros_like(won), task, len(TASKS))).mean() >= 0.97
+
+
+def test_a_chain_of_small_losses_does_not_promote_itself(spec: CanarySpec) -> None:
+    """Fifteen candidates one after the other, each worse by 0.02 than the one before: with SAFE alone as the rule they
+    would take success from 0.775 to 0.6. Judged "better" at the stream's level, none is promoted."""
+    streams, gate = 400, load_gate().model_copy(update={"episodes": spec.episodes})
+    any_promoted = np.zeros(streams, bool)
+    rng = np.random.default_rng(10)
+    task = np.arange(spec.episodes.max) % len(TASKS)
+    for position in range(1, 16):
+        standing = Standing.of(gate, level_at(gate, position, 0), 0.0)
+        shape = (streams, spec.episodes.max)
+        old = np.full(4, 0.775)[task]
+        won = (rng.random(shape) < old - 0.02).astype(float) - (rng.random(shape) < old)
+        any_promoted |= weigh_better(standing, won, task, len(TASKS)) >= 1 / standing.level
+    assert any_promoted.mean() <= 0.05
+
+
+def test_a_much_better_candidate_is_shown_so(spec: CanarySpec) -> None:
+    gate = load_gate().model_copy(update={"episodes": spec.episodes})
+    standing = Standing.of(gate, level_at(gate, 1, 0), 0.0)
+    rng, task = np.random.default_rng(11), np.arange(200) % 4
+    won = (rng.random((300, 200)) < 0.9).astype(float) - (rng.random((300, 200)) < 0.6)
+    assert (weigh_better(standing, won, task, 4) >= 1 / standing.level).mean() >= 0.9
+
+
+def test_safety_events_are_harm_beyond_what_is_allowed(spec: CanarySpec) -> None:
+    def ask(**safety: int) -> tuple[Answer, str]:
+        decision = decide_trial(spec, [AtWork("S1", True, False, True, safety=safety)], TASKS)
+        return decision.answer, decision.reasons[0]
+
+    assert ask()[0] is ask(late=3)[0] is Answer.CONTINUE
+    for kind in ("clamped", "slowed", "off_limits", "unreadable_safety", "what_nobody_named"):
+        answer, reason = ask(**{kind: 1})
+        assert answer is Answer.HARM and reason == f"safety: 1 {kind} events, 0 allowed"
+    champion = AtWork("S1", True, False, False, safety={"off_limits": 9})
+    assert decide_trial(spec, [champion], TASKS).answer is Answer.CONTINUE
 
 
 def test_a_typo_in_the_file_is_named(tmp_path: Path) -> None:
@@ -186,8 +270,7 @@ def test_row_34_a_canary_that_regresses_comes_back_and_production_never_saw_it(f
     assert start(plane, spec, 2) == ["c0"]
     watcher, looks = Watcher(plane, spec), []
     while not looks or looks[-1].answer is Answer.CONTINUE:
-        fleet.run("c0", [False, False])
-        fleet.run("p0", [True])
+        fleet.together([False] * 4, [True] * 4)
         look = watcher.look()
         assert look is not None
         looks.append(look)
@@ -210,7 +293,7 @@ def test_row_34_a_canary_that_regresses_comes_back_and_production_never_saw_it(f
 def test_a_sound_canary_is_eligible_and_stays_until_somebody_decides(fleet: Fleet) -> None:
     plane, spec = fleet.plane, changed(**QUICK)
     start(plane, spec, 2)
-    fleet.run("c0", [True] * 30)
+    fleet.together([True] * 30, [True] * 30)
     looks: list[Look] = []
     look = watch(plane, spec, on_look=looks.append)
     assert look is not None and look.answer is Answer.SAFE and look.acted == "safe" and looks == [look]
@@ -220,29 +303,80 @@ def test_a_sound_canary_is_eligible_and_stays_until_somebody_decides(fleet: Flee
     assert decisions(plane) == ["promote", "canary", "safe"]
 
 
+BETTER = ([True] * 40, [number % 3 == 0 for number in range(40)])
+
+
 @pytest.mark.parametrize("approval", [False, True])
-def test_an_automatic_canary_promotes_unless_a_person_must_approve(
-    fleet: Fleet, approval: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_automatic_canary_promotes_the_better_unless_a_person_must_approve(fleet: Fleet, approval: bool) -> None:
+    spec = changed(**QUICK, automatic=True)
+    home = fleet.plane.settings.home
+    if approval:
+        (home / "settings.yaml").write_text("approval: true\n")
+    with deployment(home) as plane:
+        start(plane, spec, 2)
+        fleet.together(*BETTER)
+        look = watch(plane, spec)
+        assert look is not None and look.acted == ("safe" if approval else "promoted")
+        assert plane.registry.alias("champion") == (1 if approval else 2)
+        if approval:
+            return
+        assert reference_of(plane) == 2, "the reference follows what was shown better"
+    assert fleet.boundary("p0") == 2 and fleet.boundary("c0") == 2
+    card = fleet.plane.registry.history()[-1]["evidence"]["card"]
+    assert card["proposer"] == "canary" and card["evidence"]["verdict"] == "SAFE"
+    assert card["evidence"]["better"]["evidence"] >= card["evidence"]["better"]["needed"]
+    assert card["evidence"]["stream"]["position"] == 1
+    assert (home / "cards" / "policy-00002.md").read_text().count("| S1 |") == 1
+
+
+def test_what_is_only_safe_is_not_promoted_by_itself(fleet: Fleet) -> None:
     plane, spec = fleet.plane, changed(**QUICK, automatic=True)
     start(plane, spec, 2)
-    fleet.run("c0", [True] * 30)
-    if approval:
-        plane = replace(plane, settings=plane.settings.model_copy(update={"approval": True}))
+    fleet.together([True] * 30, [True] * 30)
     look = watch(plane, spec)
-    assert look is not None and look.acted == ("safe" if approval else "promoted")
-    assert plane.registry.alias("champion") == (1 if approval else 2)
-    if not approval:
-        assert fleet.boundary("p0") == 2 and fleet.boundary("c0") == 2
-        card = plane.registry.history()[-1]["evidence"]["card"]
-        assert card["proposer"] == "canary" and card["evidence"]["verdict"] == "SAFE"
-        assert (plane.settings.home / "cards" / "policy-00002.md").read_text().count("| S1 |") == 1
+    assert look is not None and look.acted == "safe" and "not yet shown to be better" in look.decision.reasons[1]
+    assert plane.registry.alias("champion") == 1 and reference_of(plane) == 1
+
+
+def test_a_canary_s_trial_keeps_its_place_in_the_stream(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK, automatic=True)
+    start(plane, spec, 2)
+    entered = trial_at_work(plane, 2, TASKS)
+    assert entered is not None and entered.position == 1 and entered.level < spec.alpha
+    stop_trial(plane, "a pause")
+    start(plane, spec, 2)
+    assert trial_at_work(plane, 2, TASKS) == entered, "started again, it is the same trial"
+    assert trial_at_work(plane, 2, TASKS[:2]) is None
+
+
+def test_where_the_champion_is_not_the_best_so_far_a_person_decides(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK, automatic=True)
+    plane.registry.promote(2, {})  # by hand: the reference stays 1
+    third = fleet.publish()
+    fleet.run("p0", [True] * 12)
+    start(plane, spec, third)
+    fleet.together(*BETTER)
+    look = watch(plane, spec)
+    assert look is not None and look.acted == "safe" and plane.registry.alias("champion") == 2
+
+
+def test_a_trial_that_was_begun_for_a_person_is_not_made_automatic_by_its_luck(fleet: Fleet) -> None:
+    """What was seen before the trial entered the stream cannot promote it."""
+    plane, spec = fleet.plane, changed(**QUICK, automatic=True)
+    start(plane, changed(**QUICK), 2)
+    fleet.together(*(side[:30] for side in BETTER))
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.acted == "safe" and look.decision.evidence["better"] is None
+    stop_trial(plane, "now by itself")
+    start(plane, spec, 2)
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.acted == "safe" and look.decision.evidence["better"]["evidence"] == 1.0
 
 
 def test_the_reach_is_bounded_by_episodes(fleet: Fleet) -> None:
     plane, spec = fleet.plane, changed(**QUICK | {"safe": {"margin": 0.0}})
     start(plane, spec, 2)
-    fleet.run("c0", [number % 10 != 3 for number in range(40)])
+    fleet.together([number % 10 != 3 for number in range(40)], [True] * 40)
     look = watch(plane, spec)
     assert look is not None and look.answer is Answer.STOP and look.acted == "withdrawn"
     assert fleet.boundary("c0") == 1
@@ -319,12 +453,124 @@ def test_a_trial_needs_a_champion_that_has_worked(fleet: Fleet, tmp_path: Path) 
     plane, spec = fleet.plane, changed(**QUICK)
     plane.registry.promote(2, {})
     third = fleet.publish()
-    with pytest.raises(ConfigError, match="has 0 episodes by production and canary robots since it was promoted"):
+    with pytest.raises(ConfigError, match="has 0 episodes by production robots since it was promoted"):
         start(plane, spec, third)
     baseline = {"success": dict.fromkeys(TASKS, 0.9)}
     assert start(plane, changed(**QUICK, baseline=baseline), third) == ["c0"]
     with deployment(tmp_path / "new") as other, pytest.raises(ConfigError, match="no champion"):
         start(other, spec, 1)
+
+
+def test_a_trial_needs_production_robots_at_work(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    ago(plane, schema.robots, "last_seen", 2 * 3600)
+    with pytest.raises(ConfigError, match=r"no production robot was heard of in the last 1 hours"):
+        start(plane, spec, 2)
+    assert plane.registry.alias("canary") is None
+    assert start(plane, changed(**QUICK, baseline={"success": dict.fromkeys(TASKS, 0.9)}), 2) == ["c0"]
+
+
+def ago(plane: Deployment, table: sa.Table, column: str, seconds: float, *where: sa.ColumnElement[bool]) -> None:
+    """Let what is recorded there be older."""
+    with plane.catalog.begin() as connection:
+        connection.execute(sa.update(table).where(*where).values({column: table.c[column] - seconds}))
+
+
+def test_an_episode_counts_for_its_cohort_s_policy_only(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    fleet.run("p0", [True] * 8, policy_version=2)  # a production robot that claims the candidate's version
+    fleet.run("c0", [True] * 8, policy_version=1)  # a canary robot that runs the champion
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.decision.evidence["per_task"] == {} and look.decision.evidence["episodes"] == 0
+    fleet.together([True] * 4, [True] * 4)
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.decision.evidence["pairs"] == 4
+    token = {"token_id": "t", "robot_id": "p0", "cohort": "canary", "sha256": "0" * 64, "actor": "ann",
+             "created_at": 0.0, "expires_at": 2.0**40}  # fmt: skip
+    with plane.catalog.begin() as connection:
+        connection.execute(sa.insert(schema.robot_tokens).values(token))
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.decision.evidence["pairs"] == 0, "its token, and not its word, says its cohort"
+
+
+def test_episodes_of_other_hours_are_not_compared(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    fleet.together([False] * 30, [True] * 30)
+    ago(plane, schema.episodes, "committed_at", 2 * 3600, schema.episodes.c.robot_id == "p0")
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.answer is Answer.CONTINUE and look.decision.evidence["pairs"] == 0
+
+
+def test_a_trial_ends_with_time(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    fleet.together([True] * 4, [True] * 4)
+    look = later(monkeypatch, plane, spec, 23)
+    assert look.answer is Answer.CONTINUE
+    look = later(monkeypatch, plane, spec, 25)
+    assert look.answer is Answer.STOP and look.acted == "withdrawn"
+    assert "on trial for more than 24 hours without an answer" in look.decision.reasons[0]
+    assert fleet.boundary("c0") == 1
+    start(plane, spec, 2)
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.answer is Answer.CONTINUE, "started again, its hours begin anew"
+    assert look.decision.evidence["episodes"] == 4
+
+
+def test_safe_ends_with_time(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    fleet.together([True] * 30, [True] * 30)
+    assert later(monkeypatch, plane, spec, 0).acted == "safe"
+    assert later(monkeypatch, plane, spec, 23).acted == "safe"
+    look = later(monkeypatch, plane, spec, 25)
+    assert look.acted == "withdrawn" and "after it was found SAFE" in look.decision.reasons[0]
+    assert decisions(plane) == ["promote", "canary", "safe", "withdraw"]
+
+
+def later(monkeypatch: pytest.MonkeyPatch, plane: Deployment, spec: CanarySpec, hours: float) -> Look:
+    """A look so many hours after now, by the catalog's clock."""
+    from flows import canary_trial
+
+    with monkeypatch.context() as clock:
+        clock.setattr(canary_trial, "now", lambda connection: dialect.now(connection) + hours * 3600)
+        look = Watcher(plane, spec).look()
+    assert look is not None
+    return look
+
+
+@pytest.mark.parametrize("robot", ["c0", "l0"])
+def test_a_canary_robot_that_refuses_the_policy_ends_its_trial(fleet: Fleet, robot: str) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    with plane.catalog.begin() as connection:
+        record_refusals(connection, robot, [{"version": 2, "reason": "chunk of NaN"}])
+    look = Watcher(plane, spec).look()
+    assert look is not None
+    if robot == "l0":
+        assert look.answer is Answer.CONTINUE  # it stands in the way of a promotion; the trial shows what it does here
+        return
+    assert look.answer is Answer.STOP and look.acted == "withdrawn"
+    assert look.decision.reasons[0] == "robot c0 refuses the policy: chunk of NaN"
+    assert fleet.boundary("c0") == 1
+    with pytest.raises(ConfigError, match="was refused by robot c0"):
+        start(plane, spec, 2)
+
+
+def test_what_the_shield_counted_is_harm(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    fleet.run("p0", [True], extra={"safety": {"off_limits": 5}})
+    fleet.run("c0", [True], extra={"safety": {"late": 2}})
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.answer is Answer.CONTINUE
+    assert look.decision.evidence["safety"] == {"late": 2, "refused": 0}
+    fleet.run("c0", [True], extra={"safety": {"off_limits": 1}})
+    look = Watcher(plane, spec).look()
+    assert look is not None and look.acted == "refused"
+    assert look.decision.reasons[0] == "safety: 1 off_limits events, 0 allowed"
 
 
 def test_a_person_ends_a_trial(fleet: Fleet) -> None:
@@ -357,7 +603,7 @@ def test_a_watcher_that_is_killed_goes_on(fleet: Fleet) -> None:
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     assert first.exitcode == KILLED and plane.registry.alias("canary") == 2
-    fleet.run("c0", [False] * 20)
+    fleet.together([False] * 20, [True] * 20)
     second = start_process(main, arguments)
     wait_until(lambda: plane.registry.alias("canary") is None)
     second.terminate()
@@ -384,7 +630,7 @@ def test_the_flow_starts_a_trial_and_goes_on_with_it(fleet: Fleet, monkeypatch: 
     file = home / "canary.yaml"
     file.write_text(json.dumps(changed(**QUICK).model_dump()))
     start(plane, load_canary(file), 2)  # by a run that was killed
-    fleet.run("c0", [False] * 30)
+    fleet.together([False] * 30, [True] * 30)
     answer = promote.canary.fn(str(home), gate=str(file), poll_s=0.0)
     assert (answer["version"], answer["answer"], answer["acted"]) == (2, "HARM", "refused")
     assert "HARM" in str(made["canary-answer"]) and made["canary"] == answer["rows"]

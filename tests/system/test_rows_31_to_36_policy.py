@@ -205,8 +205,7 @@ def test_row_34_a_canary_that_regresses_is_rolled_back_and_its_reach_is_bounded(
         start(plane, spec, 2)
         watcher, answers = Watcher(plane, spec), [Answer.CONTINUE]
         while answers[-1] is Answer.CONTINUE:
-            fleet.run("c0", [False] * 4)
-            fleet.run("p0", [True])
+            fleet.together([False] * 4, [True] * 4)
             look = watcher.look()
             assert look is not None
             answers.append(look.answer)
@@ -222,7 +221,7 @@ def test_row_34_of_several_watchers_one_acts(fleet_home: Path) -> None:
     with deployment(fleet_home) as plane:
         fleet = at_work(plane)
         start(plane, spec, 2)
-        fleet.run("c0", [False] * 24)
+        fleet.together([False] * 24, [True] * 24)
         looks: list[object] = []
         together = threading.Barrier(4)
 

@@ -30,7 +30,7 @@ def figure(results: Mapping[str, Any], target: Path) -> Path:
 
     with plt.rc_context({"svg.hashsalt": "gate", "font.size": 10, "svg.fonttype": "none"}):
         fig, (false, power, work) = plt.subplots(
-            1, 3, figsize=(13, 4.2), width_ratios=(4, 4, 2.4), layout="constrained"
+            1, 3, figsize=(13, 4.2), width_ratios=(4, 4, 2.6), layout="constrained"
         )
         _false(false, results)
         _power(power, results)
@@ -75,7 +75,7 @@ def _power(axes: Any, results: Mapping[str, Any]) -> None:
     axes.axhline(0.9, color="#888888", linewidth=0.8, linestyle="--")
     axes.set(xlabel="episodes a task, each policy", ylabel="probability of promotion by then", ylim=(0, 1.02))
     axes.set(xlim=(0, None), title="Better, and promoted")
-    axes.legend(frameon=False, loc="center right", fontsize=9)
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.87), fontsize=9)
 
 
 def _canary(axes: Any, results: Mapping[str, Any]) -> None:
@@ -87,5 +87,7 @@ def _canary(axes: Any, results: Mapping[str, Any]) -> None:
         axes.text(column, chain[key] + 0.012, f"{chain[key]:.3f}", ha="center", fontsize=9)
     axes.set_xticks(range(len(bars)), [name for name, _, _ in bars])
     axes.set(
-        ylim=(0, 1), ylabel="success", title=f"Automatic canary:\n{chain['candidates']} candidates, each worse by 0.02"
+        ylim=(0, 1),
+        ylabel="the champion's success",
+        title=f"Automatic canary:\n{chain['candidates']} each worse by 0.02",
     )

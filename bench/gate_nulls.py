@@ -17,7 +17,7 @@ from flows.gate import GateSpec, Verdict, episodes_at, level_at, shown, trace, v
 # Champion's success on four tasks, spread like an SFT policy's: hard, middling, easy.
 CHAMPION = np.array((0.55, 0.70, 0.75, 0.85))
 PICKED_ON = 50  # episodes a task by which the best of several candidates is picked
-_BATCH = 500  # trials at once: some 100 MB
+_BATCH = 1000  # trials at once: some 200 MB
 
 
 def wins(rates: npt.ArrayLike, trials: int, rounds: int, rng: np.random.Generator) -> np.ndarray:

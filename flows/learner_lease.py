@@ -1,7 +1,12 @@
-"""One learner on a home: rank 0 holds a lease for all ranks, and nothing is published or saved without it."""
+"""One learner on a home: rank 0 holds a lease for all ranks, and nothing is published or saved without it.
+
+A thread renews it, so that a start, an update or a publication may last longer than the lease does. What protects the
+home is the fencing token: whoever lost the lease finds it out before the next write, however long it was stopped.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -14,6 +19,7 @@ from infra.process import patiently
 
 LEARNER = "learner"
 _MARGIN_S = 1.0
+_log = logging.getLogger("lwd.learner")
 
 
 class LearnerLease:
@@ -25,10 +31,12 @@ class LearnerLease:
 
     def __init__(self, catalog: Catalog, seconds: float) -> None:
         self._catalog, self._lease = catalog, Lease(catalog, LEARNER, seconds)
-        self._renew_at = 0.0
+        self._lost: LeaseLostError | None = None
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def acquire(self, stop: threading.Event) -> None:
-        """Take it. The hold of one that was killed is waited out; that of one that lives never ends.
+        """Take it and keep it. The hold of one that was killed is waited out; that of one that lives never ends.
 
         Raises:
             LeaseLostError: another learner renews it; the message names it.
@@ -41,18 +49,18 @@ class LearnerLease:
             except LeaseLostError:
                 if time.monotonic() >= end or stop.wait(self._lease.seconds / 20):
                     raise
-        self._renewed()
+        self._thread = threading.Thread(target=self._keep, name="learner-lease", daemon=True)
+        self._thread.start()
 
-    def renew(self, stop: threading.Event) -> None:
-        """Renew when a third of it has passed; LeaseLostError if another took it."""
-        if time.monotonic() >= self._renew_at:
-            patiently(self.prove, stop)
+    def check(self) -> None:
+        """LeaseLostError if the thread found that another learner took it; asks nobody."""
+        if self._lost is not None:
+            raise self._lost
 
     def prove(self) -> None:
         """Renew now, or refuse what was to be written: LeaseLostError if another took it."""
         with self._catalog.begin() as connection:
             self.guard(connection)
-        self._renewed()
 
     def guard(self, connection: sa.Connection) -> None:
         """As `prove`, within the transaction that writes."""
@@ -60,7 +68,17 @@ class LearnerLease:
 
     def release(self) -> None:
         """Let another take over at once."""
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
         self._lease.release()
 
-    def _renewed(self) -> None:
-        self._renew_at = time.monotonic() + self._lease.seconds / 3
+    def _keep(self) -> None:
+        while not self._done.wait(self._lease.seconds / 3):
+            try:
+                self.prove()
+            except LeaseLostError as error:
+                self._lost = error
+                return
+            except Exception as error:  # a database that is away: nobody can take the lease meanwhile either
+                _log.warning("the learner's lease could not be renewed: %s", error)

@@ -4,8 +4,8 @@ Every rank refuses the same episodes of an increment; rank 0 withdraws them. A w
 again when the increment is read again, and changes nothing where it was done already.
 
 A fault of the learner itself would refuse everything, whoever sent it. So the learner stops, and withdraws no more,
-when it would refuse more than `IN_A_ROW` episodes for one reason without one taken between them, or more than `SHARE` of an
-increment, and these come from more than `ROBOTS` of the deployment's robots. A minority of robots, however much it
+when it would refuse more than `IN_A_ROW` episodes for one reason without one taken between them, or more than `SHARE`
+of an increment, and these come from more than `ROBOTS` of the deployment's robots. A minority of robots, however much it
 sends, is withdrawn and never stops the learner. The count outlives the process.
 """
 

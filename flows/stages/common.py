@@ -63,7 +63,7 @@ def counted(episodes: Iterable[Episode], advance: Callable[..., None]) -> Iterat
 
 
 def fresh_folder(out: Path) -> Path:
-    """An empty folder beside `out`, for `put_in_place` when all is there: a stage that failed leaves `out` as it was."""
+    """An empty folder beside `out`, for `put_in_place` when all is there: a stage that fails leaves `out`."""
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

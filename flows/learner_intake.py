@@ -5,8 +5,8 @@ again when the increment is read again, and changes nothing where it was done al
 
 A fault of the learner itself would refuse everything, whoever sent it. So the learner stops, and withdraws no more,
 when it would refuse more than `IN_A_ROW` episodes for one reason without one taken between them, or more than `SHARE`
-of an increment, and these come from more than `ROBOTS` of the deployment's robots. A minority of robots, however much it
-sends, is withdrawn and never stops the learner. The count outlives the process.
+of an increment, and these come from more than `ROBOTS` of the deployment's robots. What a minority of robots sends,
+however much, is withdrawn and never stops the learner. The count outlives the process.
 """
 
 from __future__ import annotations

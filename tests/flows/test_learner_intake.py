@@ -1,4 +1,4 @@
-"""What the learner cannot take is withdrawn with its reason; a minority of robots never stops it; kills change nothing."""
+"""What the learner cannot take is withdrawn and named; a minority of robots never stops it."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _started(folder: Path) -> float:
     path = folder / _STARTED
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"at": time.time()}))
+        path.write_text(json.dumps({"at": time.time()}, allow_nan=False))
     return float(json.loads(path.read_text())["at"])
 
 

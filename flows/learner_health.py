@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,13 @@ class Recovery:
     Args:
         learner: who is judged; its `position["falls"]` counts the falls in a row, over all its lives.
         folder: of its checkpoints, shared by all ranks. Rank 0 alone writes there.
+        prove: called before each write there; raises LeaseLostError when another learner owns the folder by now.
     """
 
-    def __init__(self, learner: Learner, folder: Path, params: HealthParams) -> None:
-        self._learner, self._folder, self._params = learner, folder, params
+    def __init__(
+        self, learner: Learner, folder: Path, params: HealthParams, prove: Callable[[], None] = lambda: None
+    ) -> None:
+        self._learner, self._folder, self._params, self._prove = learner, folder, params, prove
         self._health = Health(HealthLimits(params.loss, params.value, params.gradient, params.ratio, params.floor))
         self._pending_at: int | None = None
         self.problem: str | None = learner.position.get("problem")
@@ -88,6 +92,7 @@ class Recovery:
 
         Raises:
             DivergedError: too many falls in a row; the checkpoint left is the good one.
+            LeaseLostError: another learner took over; nothing was written.
         """
         learner, fell_at = self._learner, self._learner.updates
         position, snapshot = dict(learner.position), learner.snapshot_version
@@ -107,6 +112,7 @@ class Recovery:
         if stop:  # whoever starts it again may have mended the cause: one more try, then it stops again
             learner.position["falls"] = self._params.falls - 1
         if learner.ranks.rank == 0:
+            self._prove()
             (self._folder / PENDING).unlink(missing_ok=True)
             learner.save(self._folder / CHECKPOINT)
         if stop:

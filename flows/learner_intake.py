@@ -1,11 +1,12 @@
 """The learner's intake: what it cannot learn from is withdrawn by a new snapshot, with the reason, and it goes on.
 
 Every rank refuses the same episodes of an increment; rank 0 withdraws them. A withdrawal that was cut short is done
-again when the increment is read again, and changes nothing where it was done already. A fault of the learner itself
-would refuse the episodes of most robots: after `IN_A_ROW` refusals for one reason without an episode taken between
-them, from more than one robot or before any episode was taken, or for more than `SHARE` of an increment and of at least
-half of its robots, the learner stops instead of withdrawing more. The count outlives it. A few robots that send nothing
-but what is refused do not stop it while others send what is taken.
+again when the increment is read again, and changes nothing where it was done already.
+
+A fault of the learner itself would refuse everything, whoever sent it. So the learner stops, and withdraws no more,
+when it would refuse more than `IN_A_ROW` episodes for one reason without one taken between them, or more than `SHARE`
+of an increment, and these come from more than `ROBOTS` of the deployment's robots. What a minority of robots sends,
+however much, is withdrawn and never stops the learner. The count outlives the process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lwd_model.config import PolicyConfig
 from lwd_model.intake import refusal
 
 REFUSALS = "refusals.json"
-IN_A_ROW, SHARE = 10, 0.2
+IN_A_ROW, SHARE, ROBOTS = 10, 0.2, 0.5
 _WRITER = "learner"
 _log = logging.getLogger("lwd.learner")
 
@@ -76,11 +77,9 @@ class Intake:
         if taken and self._row:
             self._row = []
             self._file.unlink(missing_ok=True)
-        self._not_the_learner(list(refused.values()), increment.added)
+        self._not_the_learner(self._snapshots, list(refused.values()), len(increment.added))
         for episode, kind, reason in refused.values():
-            if not taken:
-                self._count(episode, kind, reason)
-            self._withdraw(self._snapshots, episode, reason, stop)
+            self._withdraw(self._snapshots, episode, kind, reason, stop)
         return taken
 
     def _try(self, episode: Episode) -> tuple[str, str] | None:
@@ -96,27 +95,24 @@ class Intake:
             _log.exception("episode %s could not be turned into samples", episode.episode_id)
             return type(error).__name__, f"{type(error).__name__}: {str(error)[:200]}"
 
-    @staticmethod
-    def _not_the_learner(refused: list[tuple[Episode, str, str]], added: Sequence[Episode]) -> None:
+    def _not_the_learner(self, snapshots: Snapshots, refused: list[tuple[Episode, str, str]], added: int) -> None:
         """ConfigError where so much of one increment is refused for one reason that the learner may be at fault."""
-        fleet = {episode.robot_id for episode in added}
         for kind in {kind for _, kind, _ in refused}:
             alike = [(episode, reason) for episode, other, reason in refused if other == kind]
-            robots = {episode.robot_id for episode, _ in alike}
-            if len(alike) > max(IN_A_ROW, SHARE * len(added)) and len(robots) > max(1, (len(fleet) - 1) // 2):
+            robots = {str(episode.robot_id)[:80] for episode, _ in alike}
+            if len(alike) > max(IN_A_ROW, SHARE * added) and _most(robots, snapshots):
                 raise ConfigError(
-                    f"the learner refused {len(alike)} of {len(added)} episodes, of {len(robots)} robots, because of "
-                    f"their {kind}, for example {alike[0][0].episode_id}: {alike[0][1]}",
+                    f"the learner refused {len(alike)} of {added} episodes of {len(robots)} robots because of their "
+                    f"{kind}, for example {alike[0][0].episode_id}: {alike[0][1]}",
                     "see whether the policy or the robots are wrong; none of them was withdrawn",
                 )
 
-    def _count(self, episode: Episode, kind: str, reason: str) -> None:
-        """One more in a row, durably; ConfigError where they are too many to be the robots' fault."""
+    def _withdraw(self, snapshots: Snapshots, episode: Episode, kind: str, reason: str, stop: threading.Event) -> None:
         entry = {"id": episode.episode_id, "kind": kind, "robot": str(episode.robot_id)[:80]}
         others = [one for one in self._row if one["id"] != entry["id"]]
         alike = [one for one in others if one["kind"] == kind]
         robots = {one["robot"] for one in alike} | {entry["robot"]}
-        if len(alike) >= IN_A_ROW and (len(robots) > 1 or not self._replay.episodes):
+        if len(alike) >= IN_A_ROW and _most(robots, snapshots):
             raise ConfigError(
                 f"the learner refused {len(alike) + 1} episodes in a row because of their {kind}, the last "
                 f"{episode.episode_id}: {reason}",
@@ -124,13 +120,15 @@ class Intake:
             )
         self._row = [*others, entry][-4 * IN_A_ROW :]
         write_durably(self._file, json.dumps(self._row, allow_nan=False).encode())
-
-    @staticmethod
-    def _withdraw(snapshots: Snapshots, episode: Episode, reason: str, stop: threading.Event) -> None:
         text = f"the learner cannot take it: {reason}"
         patiently(lambda: snapshots.withdraw([episode.episode_id], reason=text, writer=_WRITER), stop)
         metrics.LEARNER_REFUSED.inc()
-        _log.warning("episode %s of %s withdrawn: %s", episode.episode_id, str(episode.robot_id)[:80], reason)
+        _log.warning("episode %s of %s withdrawn: %s", episode.episode_id, entry["robot"], reason)
+
+
+def _most(robots: set[str], snapshots: Snapshots) -> bool:
+    """Whether these are so many of the deployment's robots that they are no likely cause."""
+    return len(robots) > ROBOTS * len(robots | snapshots.robots())
 
 
 def _kept(path: Path) -> list[dict[str, str]]:

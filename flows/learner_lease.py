@@ -1,6 +1,7 @@
 """One learner on a home: rank 0 holds a lease for all ranks, and nothing is published or saved without it.
 
-A thread renews it, so that a long update, start or upload does not end it; a learner that is stopped stops renewing.
+A thread renews it, so that a start, an update or a publication may last longer than the lease does. What protects the
+home is the fencing token: whoever lost the lease finds it out before the next write, however long it was stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 
 from infra.catalog import Catalog
 from infra.catalog.leases import Lease
-from infra.errors import LeaseLostError, LwdError
+from infra.errors import LeaseLostError
 from infra.process import patiently
 
 LEARNER = "learner"
@@ -31,11 +32,11 @@ class LearnerLease:
     def __init__(self, catalog: Catalog, seconds: float) -> None:
         self._catalog, self._lease = catalog, Lease(catalog, LEARNER, seconds)
         self._lost: LeaseLostError | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def acquire(self, stop: threading.Event) -> None:
-        """Take it. The hold of one that was killed is waited out; that of one that lives never ends.
+        """Take it and keep it. The hold of one that was killed is waited out; that of one that lives never ends.
 
         Raises:
             LeaseLostError: another learner renews it; the message names it.
@@ -48,10 +49,11 @@ class LearnerLease:
             except LeaseLostError:
                 if time.monotonic() >= end or stop.wait(self._lease.seconds / 20):
                     raise
+        self._thread = threading.Thread(target=self._keep, name="learner-lease", daemon=True)
         self._thread.start()
 
-    def require(self) -> None:
-        """LeaseLostError if another learner was seen to have taken it."""
+    def check(self) -> None:
+        """LeaseLostError if the thread found that another learner took it; asks nobody."""
         if self._lost is not None:
             raise self._lost
 
@@ -66,17 +68,17 @@ class LearnerLease:
 
     def release(self) -> None:
         """Let another take over at once."""
-        self._ended.set()
-        if self._thread.is_alive():
+        self._done.set()
+        if self._thread is not None:
             self._thread.join()
         self._lease.release()
 
-    def _renew(self) -> None:
-        while not self._ended.wait(self._lease.seconds / 3):
+    def _keep(self) -> None:
+        while not self._done.wait(self._lease.seconds / 3):
             try:
                 self.prove()
             except LeaseLostError as error:
                 self._lost = error
                 return
-            except LwdError as error:  # nobody else can take it from a catalog that does not answer
-                _log.warning("the learner's lease was not renewed: %s", error.problem)
+            except Exception as error:  # a database that is away: nobody can take the lease meanwhile either
+                _log.warning("the learner's lease could not be renewed: %s", error)

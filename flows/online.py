@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deploy_first.fn(options.home)
     restarts = supervise.fn(options.home, options.params)
     with deployment(Path(options.home)) as plane:
-        print(json.dumps(asdict(summarise(plane, restarts))))
+        print(json.dumps(asdict(summarise(plane, restarts)), allow_nan=False))
     return 0
 
 

@@ -107,8 +107,6 @@ class OnlineLearner:
             if problem is None and self.publishes:
                 problem = self.recovery.judge_weights()
             if problem is not None:
-                if self.lease is not None:
-                    self.lease.prove()  # a checkpoint is written
                 self.recovery.fall(problem)
                 return None
         for kind, value in (row or {}).items():
@@ -138,6 +136,8 @@ class OnlineLearner:
             DivergedError: the policy is not finite.
         """
         agent = self.learner.agent
+        if self.lease is not None:
+            self.lease.prove()  # the bundle's folder is the holder's as well
         with metrics.PUBLISH_SECONDS.time():
             bundle = export_bundle(agent.deployed, agent.normaliser, self.learner.config.policy, self.folder / "bundle")
             version = self.plane.publisher.publish(
@@ -197,7 +197,7 @@ def start(params: Params, plane: Deployment, ranks: Ranks, lease: LearnerLease |
     return OnlineLearner(
         params, plane, folder, learner, offline, online, learner.position["began_at"],
         Intake(online, learner.config.policy, window, snapshots, folder),
-        Recovery(learner, folder, p.health),
+        Recovery(learner, folder, p.health, lease.prove if lease else lambda: None),
         lease,
     )  # fmt: skip
 
@@ -238,7 +238,7 @@ def _run(loop: OnlineLearner, stop: threading.Event) -> None:
             for increment in (new := reader.advance(target)):
                 loop.take(increment, stop)
             if loop.lease is not None:
-                loop.lease.require()
+                loop.lease.check()
             if not new:
                 stop.wait(plane.settings.poll_s)
         loop.fresh.clear()  # those were drawn from in an earlier life
@@ -246,7 +246,7 @@ def _run(loop: OnlineLearner, stop: threading.Event) -> None:
             for increment in reader.advance():
                 loop.take(increment, stop)
             if loop.lease is not None:
-                loop.lease.require()
+                loop.lease.check()
             metrics.RANK_STALENESS.set(reader.staleness)
             if first and time.monotonic() - told > _TELL_S:
                 loop.tell(started)

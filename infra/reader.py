@@ -171,8 +171,9 @@ class SnapshotReader:
             return True
         try:
             self._taken[member.sha256] = decode(data, name=member.key)
-        except CorruptDataError as error:
-            reason = f"{self._name} cannot read it: {error.problem}"
+        except Exception as error:  # whatever bytes can provoke is that episode's matter
+            said = error.problem if isinstance(error, CorruptDataError) else f"{type(error).__name__}: {error}"[:200]
+            reason = f"{self._name} cannot read it: {said}"
             self._snapshots.withdraw([member.episode_id], reason=reason, writer=self._name)
             path.unlink(missing_ok=True)
             return False

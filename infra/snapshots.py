@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
-from infra.catalog.schema import collections, episodes, quarantine, revocations, snapshot_episodes, snapshots
+from infra.catalog.schema import collections, episodes, quarantine, revocations, robots, snapshot_episodes, snapshots
 from infra.crashpoints import crashpoint
 from infra.errors import ConfigError, CorruptDataError
 
@@ -84,6 +84,15 @@ class Snapshots:
         """One version; ConfigError if there is none such."""
         with self._catalog.read() as connection:
             return _get(connection, version)
+
+    def robots(self) -> set[str]:
+        """Who is enrolled or has handed in an episode, whatever became of it."""
+        with self._catalog.read() as connection:
+            return {
+                robot
+                for column in (robots.c.robot_id, episodes.c.robot_id)
+                for robot in connection.execute(sa.select(column).distinct()).scalars()
+            }
 
     def floor(self) -> int:
         """The oldest version that is certainly whole; 0 before the first garbage collection."""

@@ -41,7 +41,7 @@ def export_bundle(policy: FlowPolicy, normaliser: Normaliser, config: PolicyConf
     aside = out_dir / (WEIGHTS + ".part")
     save_file(tensors, aside)
     os.replace(aside, out_dir / WEIGHTS)
-    (out_dir / ARCHITECTURE).write_text(json.dumps(architecture, indent=1, sort_keys=True) + "\n")
+    (out_dir / ARCHITECTURE).write_text(json.dumps(architecture, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return out_dir
 
 

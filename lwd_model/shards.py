@@ -89,7 +89,10 @@ def write_buffer(episodes: Iterable[Episode], out_dir: Path, shard_bytes: int = 
     for (task, source, outcome), count in sorted(counts.items()):
         composition.setdefault(task, {}).setdefault(source, {})[outcome] = count
     index = BufferIndex(tuple(shards), len(seen), steps, composition)
-    _write(out_dir / INDEX, json.dumps({"format": FORMAT, **asdict(index)}, indent=1, sort_keys=True).encode() + b"\n")
+    _write(
+        out_dir / INDEX,
+        json.dumps({"format": FORMAT, **asdict(index)}, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n",
+    )
     return index
 
 

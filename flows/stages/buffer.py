@@ -26,4 +26,4 @@ def run(params: Params) -> None:
         )
     index = write_buffer(episodes, BUFFER)
     write_metrics("buffer", {"episodes": index.episodes, "steps": index.steps, "shards": len(index.shards)})
-    (BUFFER / "composition.json").write_text(json.dumps(asdict(index)["composition"], indent=1) + "\n")
+    (BUFFER / "composition.json").write_text(json.dumps(asdict(index)["composition"], indent=1, allow_nan=False) + "\n")

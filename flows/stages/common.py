@@ -63,12 +63,21 @@ def counted(episodes: Iterable[Episode], advance: Callable[..., None]) -> Iterat
 
 
 def fresh_folder(out: Path) -> Path:
-    """An empty folder beside `out`, to be renamed to it when all is there: a stage that failed leaves no `out`."""
+    """An empty folder beside `out`, for `put_in_place` when all is there: a stage that fails leaves `out`."""
     part = out.with_name(out.name + ".part")
-    for folder in (out, part):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     return part
+
+
+def put_in_place(part: Path, out: Path) -> None:
+    """Rename a whole folder to `out`. The one before is deleted last; a crash between leaves it as `out`.old."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.replace(old)
+    part.replace(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_metrics(name: str, metrics: Mapping[str, Any]) -> None:

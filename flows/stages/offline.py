@@ -13,6 +13,7 @@ from flows.stages.common import (
     SFT,
     fresh_folder,
     n_step,
+    put_in_place,
     replay_for,
     write_metrics,
     write_plot,
@@ -50,6 +51,6 @@ def run(params: Params) -> None:
         )
     export_bundle(agent.deployed, agent.normaliser, config.policy, part / BUNDLE)
     learner.save(part / CHECKPOINT)
-    part.replace(OFFLINE)
+    put_in_place(part, OFFLINE)
     write_plot("offline", rows)
     write_metrics("offline", {**rows[-1], "samples": len(replay), "episodes": len(replay.episodes)})

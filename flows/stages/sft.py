@@ -13,6 +13,7 @@ from flows.stages.common import (
     SFT,
     agent_config,
     fresh_folder,
+    put_in_place,
     replay_for,
     write_metrics,
     write_plot,
@@ -24,7 +25,7 @@ from lwd_model.normaliser import Normaliser
 
 
 def run(params: Params) -> None:
-    """Raises DivergedError when a number is not finite; no bundle is left then."""
+    """Raises DivergedError when a number is not finite; models/sft is then as it was."""
     config = agent_config(params, **params.offline.learner | {"updates": params.sft.updates})
     episodes, refused = checked_episodes(DEMONSTRATIONS, params.sft.refused_max)
     replay = replay_for(config)
@@ -53,7 +54,7 @@ def run(params: Params) -> None:
         )
     export_bundle(agent.deployed, normaliser, config.policy, part / BUNDLE)
     learner.save(part / CHECKPOINT)
-    part.replace(SFT)
+    put_in_place(part, SFT)
     write_plot("sft", rows)
     write_metrics(
         "sft",

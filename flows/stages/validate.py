@@ -55,7 +55,7 @@ def run(params: Params) -> None:
                 advance()
     # The same rules once more over the accepted episodes as one table, in Great Expectations.
     report = validate_batch(contract, accepted)
-    (QUARANTINE / "quarantine.json").write_text(json.dumps(refused, indent=1) + "\n")
+    (QUARANTINE / "quarantine.json").write_text(json.dumps(refused, indent=1, allow_nan=False) + "\n")
     write_review(QUARANTINE / "review.html", [contract], [report], refused)
     write_metrics(
         "validate",

@@ -1,4 +1,4 @@
-"""The learner's intake: what it cannot take is withdrawn with its reason; its own fault withdraws nothing."""
+"""What the learner cannot take is withdrawn and named; a minority of robots never stops it."""
 
 from __future__ import annotations
 
@@ -7,148 +7,159 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
-from invariants import Plane, open_plane
+from invariants import KILLED, Plane, example_episode, in_process, open_plane
 
 from flows.learner_intake import IN_A_ROW, REFUSALS, Intake
-from flows.params import load_params
-from flows.stages.checked import checked_episodes
-from flows.stages.common import agent_config, replay_for
 from infra.catalog.schema import quarantine
 from infra.episode import Episode
-from infra.errors import ConfigError, CorruptDataError
+from infra.errors import ConfigError
 from infra.reader import Increment
 from lwd_model.chunks import Replay
-from lwd_model.shards import write_buffer
+from lwd_model.config import PolicyConfig
 
-ROOT = Path(__file__).parents[2]
-DIM = 86
-Make = Callable[..., Episode]
-
-
-@pytest.fixture
-def plane(tmp_path: Path) -> Plane:
-    return open_plane(tmp_path)
+INSTRUCTION = "open the drawer"
+POLICY = PolicyConfig(3, 5, 2, (INSTRUCTION,), width=8, blocks=1, time_features=8, flow_steps=2)
 
 
-@pytest.fixture
-def rig(plane: Plane, tmp_path: Path) -> tuple[Intake, Replay]:
-    config = agent_config(load_params(ROOT / "params.yaml"))
-    replay = replay_for(config)
-    return Intake(replay, config.policy, lambda task: 5, plane.snapshots, tmp_path), replay
+def nstep(task: str) -> int:
+    return {"S1": 2, "S2": 2, "S3": 2, "S4": 2}[task]
 
 
-@pytest.fixture
-def make(make_episode: Make) -> Make:
-    def made(seed: int, **fields: Any) -> Episode:
-        return make_episode(seed, obs_dim=DIM, **fields)
-
-    return made
+def intake(home: Path) -> Intake:
+    (home / "learner").mkdir(parents=True, exist_ok=True)
+    return Intake(Replay((INSTRUCTION,), 2, 0.9), POLICY, nstep, open_plane(home).snapshots, home / "learner")
 
 
-def settled(plane: Plane, *episodes: Episode) -> Increment:
-    """In a snapshot of an accepting contract, as a reader brings them."""
+def members(home: Path, episodes: list[Episode]) -> Increment:
+    """The episodes as members of a snapshot: of a contract that let them pass."""
+    plane: Plane = open_plane(home)
+    before = plane.snapshots.latest().version
     for episode in episodes:
         plane.submit(episode)
     plane.settle()
     latest = plane.snapshots.latest()
-    return Increment(0, latest.version, latest.digest, episodes, ())
+    return Increment(before, latest.version, latest.digest, tuple(episodes), ())
 
 
-def held(plane: Plane) -> list[Any]:
-    with plane.catalog.read() as connection:
-        return list(connection.execute(sa.select(quarantine).order_by(quarantine.c.id)))
+def withdrawn(home: Path) -> dict[str, str]:
+    with open_plane(home).catalog.read() as connection:
+        rows = connection.execute(sa.select(quarantine)).all()
+    return {row.episode_id: str(row.reasons) for row in rows}
 
 
-ODD: dict[str, dict[str, Any]] = {
-    "observations": {"observations": np.zeros((13, DIM - 1), np.float32)},
-    "actions": {"actions": np.zeros((12, 4), np.float32)},
-    "instruction": {"instruction": "make coffee"},
-    "rewards": {"rewards": np.full(12, np.nan, np.float32)},
+def wide(number: int, robot: str = "r0") -> Episode:
+    return example_episode(number, robot=robot, observations=np.zeros((5, 84), np.float32))
+
+
+def bad_value(field: str, value: float) -> Callable[[], Episode]:
+    def make() -> Episode:
+        episode = example_episode(1)
+        values = getattr(episode, field).astype(np.float64)
+        values.flat[-1] = value
+        return dataclasses.replace(episode, **{field: values})
+
+    return make
+
+
+KINDS: dict[str, tuple[Callable[[], Episode], str]] = {
+    "wide observations": (lambda: wide(1), "observations is"),
+    "narrow observations": (lambda: example_episode(1, observations=np.zeros((5, 1), np.float32)), "observations is"),
+    "one observation too few": (
+        lambda: example_episode(1, observations=np.zeros((4, 3), np.float32)),
+        "observations is",
+    ),
+    "narrow actions": (lambda: example_episode(1, actions=np.zeros((4, 1), np.float32)), "actions is"),
+    "unknown instruction": (lambda: example_episode(1, instruction="fly"), "unknown to the policy"),
+    "unknown task": (lambda: example_episode(1, task="S99"), "KeyError"),
+    "NaN": (bad_value("observations", np.nan), "not finite"),
+    "infinite action": (bad_value("actions", np.inf), "not finite"),
+    "beyond float32": (bad_value("rewards", 1e300), "not finite"),
+    "complex numbers": (lambda: example_episode(1, actions=np.zeros((4, 5), np.complex64)), "not real numbers"),
 }
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_what_cannot_be_taken_is_withdrawn_and_the_rest_is_taken(
-    plane: Plane, rig: tuple[Intake, Replay], make: Make, kind: str
-) -> None:
-    intake, replay = rig
-    odd = dataclasses.replace(make(2), **ODD[kind])
-    taken = intake.take(settled(plane, make(1), odd, make(3)), threading.Event())
-    assert [episode.episode_id for episode in taken] == [make(1).episode_id, make(3).episode_id]
-    (row,) = held(plane)
-    assert row.episode_id == odd.episode_id and row.stage == "read"
-    assert plane.snapshots.latest().episodes == 2 and len(replay.episodes) == 2
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_learner_cannot_take_is_withdrawn_and_named(tmp_path: Path, kind: str) -> None:
+    make, named = KINDS[kind]
+    odd, good = make(), example_episode(2)
+    members(tmp_path, [example_episode(1), good])
+    loop = intake(tmp_path)
+    taken = loop.take(Increment(0, 1, "", (odd, good), ()), threading.Event())
+    assert taken == [good] and set(loop._replay.episodes) == {good.episode_id}
+    assert list(withdrawn(tmp_path)) == [odd.episode_id]
+    assert named in withdrawn(tmp_path)[odd.episode_id]
 
 
-def test_a_withdrawal_that_was_cut_short_is_done_again_and_counts_once(
-    plane: Plane, rig: tuple[Intake, Replay], make: Make
-) -> None:
-    intake, _ = rig
-    odd = dataclasses.replace(make(2), **ODD["observations"])
-    increment = settled(plane, make(1), odd)
-    intake.take(increment, threading.Event())
-    version = plane.snapshots.latest().version
-    intake.take(dataclasses.replace(increment, added=(odd,)), threading.Event())
-    assert plane.snapshots.latest().version == version and len(held(plane)) == 1
+def test_an_episode_without_a_step_is_withdrawn(tmp_path: Path) -> None:
+    members(tmp_path, [example_episode(1)])
+    empty = dataclasses.replace(
+        example_episode(1), actions=np.zeros((0, 5), np.float32), observations=np.zeros((1, 3), np.float32),
+        rewards=np.zeros(0, np.float32), intervention=np.zeros(0, bool), timestamps=np.zeros(1),
+    )  # fmt: skip
+    assert intake(tmp_path).take(Increment(0, 1, "", (empty,), ()), threading.Event()) == []
+    assert "no step" in withdrawn(tmp_path)[empty.episode_id]
 
 
-def test_few_robots_that_send_only_what_is_refused_do_not_stop_the_learner(
-    plane: Plane, rig: tuple[Intake, Replay], make: Make
-) -> None:
-    intake, replay = rig
-    fleet = [make(n, robot_id=f"r{n % 8}") for n in range(16)]
-    odd = [
-        dataclasses.replace(make(100 + n, robot_id=f"evil{n % 2}"), **ODD["observations"]) for n in range(3 * IN_A_ROW)
-    ]
-    intake.take(settled(plane, *fleet, *odd), threading.Event())
-    assert len(held(plane)) == len(odd) and len(replay.episodes) == len(fleet)
+def test_one_or_two_robots_never_stop_the_learner(tmp_path: Path) -> None:
+    """However much they send, in one increment or one by one, before or after the first episode that was taken."""
+    members(tmp_path, [example_episode(i, robot=f"honest-{i}") for i in range(4)])
+    loop, stop = intake(tmp_path), threading.Event()
+    many = [wide(100 + i, robot=f"odd-{i % 2}") for i in range(3 * IN_A_ROW)]
+    loop.take(members(tmp_path, many[: 2 * IN_A_ROW]), stop)
+    for episode in many[2 * IN_A_ROW :]:
+        loop.take(members(tmp_path, [episode]), stop)
+    assert set(withdrawn(tmp_path)) == {episode.episode_id for episode in many}
+    honest = example_episode(900, robot="honest-0")
+    assert loop.take(members(tmp_path, [honest]), stop) == [honest]
+    assert not (tmp_path / "learner" / REFUSALS).exists()
 
 
-def test_a_learner_that_refuses_everything_withdraws_nothing_more_and_names_the_kind(
-    plane: Plane, rig: tuple[Intake, Replay], make: Make, tmp_path: Path
-) -> None:
-    intake, _ = rig
-    odd = [dataclasses.replace(make(n, robot_id=f"r{n % 4}"), **ODD["actions"]) for n in range(IN_A_ROW + 5)]
-    increment = settled(plane, *odd)
-    with pytest.raises(ConfigError, match="because of their actions"):
-        intake.take(increment, threading.Event())
-    assert held(plane) == []
-    for episode in odd[:IN_A_ROW]:  # one at a time, as they come in
-        intake.take(dataclasses.replace(increment, added=(episode,)), threading.Event())
-    with pytest.raises(ConfigError, match="in a row"):
-        intake.take(dataclasses.replace(increment, added=(odd[IN_A_ROW],)), threading.Event())
-    assert len(held(plane)) == IN_A_ROW and (tmp_path / REFUSALS).exists()
+def test_a_fault_of_the_learner_withdraws_no_more(tmp_path: Path) -> None:
+    """When most of the robots are refused for one reason, in one increment."""
+    many = [wide(i, robot=f"r{i % 5}") for i in range(2 * IN_A_ROW)]
+    increment = members(tmp_path, many)
+    with pytest.raises(ConfigError, match=r"refused 20 of 20 episodes of 5 robots because of their observations"):
+        intake(tmp_path).take(increment, threading.Event())
+    assert withdrawn(tmp_path) == {}
 
 
-FINITE: dict[str, dict[str, Any]] = {
-    "an action of 57.3": {"actions": np.full((12, 5), 57.3, np.float32)},
-    "the operator's flag": {"intervention": np.ones(12, bool)},
-    "NaN": {"actions": np.full((12, 5), np.nan, np.float32)},
-}
+def test_the_count_outlives_the_learner(tmp_path: Path) -> None:
+    """Refusals one by one, each by a learner that was started again."""
+    stop = threading.Event()
+    for i in range(IN_A_ROW):
+        intake(tmp_path).take(members(tmp_path, [wide(i, robot=f"r{i % 5}")]), stop)
+    last = members(tmp_path, [wide(99, robot="r0")])
+    with pytest.raises(ConfigError, match="in a row because of their observations"):
+        intake(tmp_path).take(last, stop)
+    assert len(withdrawn(tmp_path)) == IN_A_ROW
 
 
-@pytest.mark.parametrize("kind", FINITE)
-def test_stages_get_no_episode_that_the_contract_refuses(tmp_path: Path, make: Make, kind: str) -> None:
-    good = [make(n, source="demo", policy_version=None) for n in range(9)]
-    write_buffer(
-        [*good, dataclasses.replace(make(50, source="demo", policy_version=None), **FINITE[kind])], tmp_path / "d"
-    )
-    accepted, refused = checked_episodes(tmp_path / "d", 0.2)
-    assert (len(accepted), refused) == (9, 1)
-    with pytest.raises(ConfigError, match="refuses 1 of 10"):
-        checked_episodes(tmp_path / "d", 0.05)
+@pytest.mark.parametrize("content", ["", "[", "{}", '[{"id": 1}]', "null", "[7]", "\x00"])
+def test_a_count_that_is_not_whole_counts_from_zero(tmp_path: Path, content: str) -> None:
+    (tmp_path / "learner").mkdir()
+    (tmp_path / "learner" / REFUSALS).write_text(content)
+    episode = wide(1)
+    intake(tmp_path).take(members(tmp_path, [episode]), threading.Event())
+    assert list(withdrawn(tmp_path)) == [episode.episode_id]
 
 
-def test_a_corrupt_shard_is_named(tmp_path: Path, make: Make) -> None:
-    write_buffer([make(n, source="demo", policy_version=None) for n in range(3)], tmp_path / "d")
-    shard = next(path for path in (tmp_path / "d").iterdir() if path.suffix == ".tar")
-    shard.write_bytes(shard.read_bytes()[:-2000])
-    with pytest.raises(CorruptDataError, match=shard.name):
-        checked_episodes(tmp_path / "d", 0.2)
+def _take(home: Path, increment: Increment) -> int:
+    intake(home).take(increment, threading.Event())
+    return 0
+
+
+@pytest.mark.parametrize("point", ["snapshots.members_removed", "snapshots.version_inserted"])
+def test_a_withdrawal_cut_short_is_done_again_once(tmp_path: Path, point: str) -> None:
+    increment = members(tmp_path, [wide(1), example_episode(2), wide(3)])
+    assert in_process(_take, tmp_path, increment, crash=point) == KILLED
+    assert in_process(_take, tmp_path, increment) == 0
+    version = open_plane(tmp_path).snapshots.latest().version
+    assert set(withdrawn(tmp_path)) == {wide(1).episode_id, wide(3).episode_id}
+    assert in_process(_take, tmp_path, increment) == 0
+    assert open_plane(tmp_path).snapshots.latest().version == version

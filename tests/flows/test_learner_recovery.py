@@ -24,7 +24,6 @@ from short_pipeline import ROOT, fill_workspace
 
 from flows import online_learner
 from flows.deployment import Deployment, deployment
-from flows.learner_lease import LearnerLease
 from flows.online import deploy_first
 from flows.online_learner import OnlineLearner
 from flows.params import load_params
@@ -108,22 +107,6 @@ def test_a_learner_that_falls_again_and_again_stops_and_names_the_quantity(
     assert max(published(plane), default=0) <= 11  # nothing of a poisoned learner
     resumed = online_learner.start(load_params(), plane, Ranks.from_environment())
     assert all(bool(torch.isfinite(net.flat).all()) for _, net in resumed.learner.agent.networks())
-
-
-def test_a_second_learner_ends_and_names_the_first(plane: Deployment) -> None:
-    first = LearnerLease(plane.catalog, 2.0)
-    first.acquire(threading.Event())
-    try:
-        with pytest.raises(LeaseLostError, match="learner lease is held by"):
-            LearnerLease(plane.catalog, 2.0).acquire(threading.Event())
-        first.prove()  # the first one is unharmed
-    finally:
-        first.release()
-    second = LearnerLease(plane.catalog, 2.0)
-    second.acquire(threading.Event())  # given back: at once
-    with pytest.raises(LeaseLostError):
-        first.prove()
-    second.release()
 
 
 def process(home: Path) -> subprocess.Popen[str]:

@@ -165,7 +165,9 @@ def test_row_09_edge_disk_full(service: Process, tiny_disk: Path) -> None:
     assert_i7_kept(service.home, wanted.items())
     served.plane.settle()
     client.sync()
-    assert client.spool.pending() == []
+    left = spooled(client)  # one that could not be sealed for want of room is sealed as soon as there is some
+    assert len(left) <= 1 and not left.keys() & wanted.keys()
+    wanted |= left
     record_episode(client, steps=200)  # there is room again
     wanted |= spooled(client)
     client.spool.release()

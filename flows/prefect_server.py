@@ -25,6 +25,14 @@ QUIET = {
 _STOP_S = 15.0
 
 
+def require_port(port: int | None) -> None:
+    """UnavailableError if a server of ours would need this port and cannot have it."""
+    if port is not None and "PREFECT_API_URL" not in os.environ and (why := refusal(port)):
+        raise UnavailableError(
+            f"Prefect's server cannot have port {port} on {HOST}: {why}", "stop that, or pass --port with another one"
+        )
+
+
 @contextmanager
 def prefect_server(home: Path, *, port: int | None = None, start_timeout_s: float = 180.0) -> Iterator[str]:
     """Run a Prefect server on loopback for the length of the block, and point this process at it.
@@ -42,10 +50,7 @@ def prefect_server(home: Path, *, port: int | None = None, start_timeout_s: floa
     if url := os.environ.get("PREFECT_API_URL"):
         yield url
         return
-    if port is not None and (why := refusal(port)):
-        raise UnavailableError(
-            f"Prefect's server cannot have port {port} on {HOST}: {why}", "stop that, or pass --port with another one"
-        )
+    require_port(port)
     port = port or free_port()
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,9 @@ def run_flow(
         pipeline.stages(arguments.get("until"))
     if "params_path" in arguments:
         load_params(Path(arguments["params_path"]))
+    from flows.prefect_server import prefect_server, require_port
 
+    require_port(port)
     with contextlib.ExitStack() as held:
         locks = [held.enter_context(exclusive(home / f"{name}.lock", f"`lwd {name}` of {home}"))]
         if name in _PIPELINE and (lock := held.enter_context(pipeline.alone("training"))) is not None:
@@ -46,8 +48,6 @@ def run_flow(
         held.enter_context(lifeline(locks))
         if before is not None:
             before()
-        from flows.prefect_server import prefect_server
-
         say("starting Prefect …")
         with prefect_server(home / "prefect", port=port):
             import flows.all as everything

@@ -248,7 +248,7 @@ def test_a_policy_of_another_architecture_does_not_act(workspace: Path, lwd) -> 
     save_file(tensors, bundle / "policy.safetensors")
     code, text = lwd("robot", bundle, "--episodes", "1")
     assert code == ConfigError.exit_code
-    assert "observation.mean" in text and "(80,)" in text and "(86,)" in text and "fix:" in text
+    assert "observation.mean" in text and "80" in text and "86" in text and "fix:" in text
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

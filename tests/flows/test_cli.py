@@ -117,7 +117,7 @@ def test_rollback_makes_the_previous_champion_champion_again(lwd, tmp_path: Path
 
 
 def test_contracts_check_passes_good_data_and_refuses_a_planted_episode(lwd, tmp_path: Path, make_episode) -> None:
-    good: list[Episode] = [make_episode(n, source="demo", policy_version=None) for n in range(3)]
+    good: list[Episode] = [make_episode(n, obs_dim=86, source="demo", policy_version=None) for n in range(3)]
     write_buffer(good, tmp_path / "good")
     code, out, _ = lwd("contracts", "check", tmp_path / "good")
     assert code == 0 and "3 episodes, 0 refused" in out

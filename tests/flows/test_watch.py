@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from waiting import wait_until
 
 from flows import console
@@ -23,7 +22,7 @@ DIES = "import sys; sys.exit('no [/red] port \\x1b[31m')"
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     written = io.StringIO()
-    monkeypatch.setattr(console, "console", Console(file=written, width=200, highlight=False))
+    monkeypatch.setattr(console, "console", console.PlainConsole(file=written))
     return written
 
 

@@ -71,9 +71,7 @@ def reference_of(plane: Deployment) -> int:
     Raises:
         ConfigError: there is no champion.
     """
-    champion = plane.registry.alias("champion")
-    if champion is None:
-        raise ConfigError("there is no champion to compare with", "introduce the pipeline's policies: `lwd online`")
+    champion = _champion(plane)
     with plane.catalog.read() as connection:
         table, policies = schema.trials, schema.policies
         shown = sa.select(table.c.candidate).where(table.c.verdict == "PASS")
@@ -92,15 +90,21 @@ def reference_of(plane: Deployment) -> int:
     return int(standing if standing is not None else first if first is not None else champion)
 
 
+def _champion(plane: Deployment) -> int:
+    """Today's champion; ConfigError if there is none."""
+    champion = plane.registry.alias("champion")
+    if champion is None:
+        raise ConfigError("there is no champion to compare with", "introduce the pipeline's policies: `lwd online`")
+    return champion
+
+
 def open_trial(plane: Deployment, params: Params, candidate: int, spec: GateSpec) -> Trial:
     """The trial of a candidate against today's champion and reference: the one under way, or a new one.
 
     Raises:
         ConfigError: there is no champion, or no such candidate.
     """
-    champion, reference = plane.registry.alias("champion"), reference_of(plane)
-    if champion is None:  # of the type alone: reference_of has refused it
-        raise ConfigError("there is no champion to compare with", "introduce the pipeline's policies: `lwd online`")
+    champion, reference = _champion(plane), reference_of(plane)
     said = _digests(plane, candidate, champion, reference) | world(params.tasks)
     return _enter(plane, "gate", (candidate, champion, reference), said, spec)
 

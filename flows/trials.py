@@ -73,11 +73,10 @@ def reference_of(plane: Deployment) -> int:
     """
     champion = _champion(plane)
     with plane.catalog.read() as connection:
-        table, policies = schema.trials, schema.policies
-        shown = sa.select(table.c.candidate).where(table.c.verdict == "PASS")
+        policies = schema.policies
         standing = connection.execute(
             sa.select(policies.c.version)
-            .where(policies.c.status.in_(("champion", "retired")), policies.c.version.in_(shown))
+            .where(policies.c.status.in_(("champion", "retired")), policies.c.version.in_(_discoveries()))
             .order_by(policies.c.version.desc())
             .limit(1)
         ).scalar()
@@ -163,8 +162,8 @@ def _enter(plane: Deployment, kind: Kind, arms: tuple[int, int, int], said: dict
         row = connection.execute(mine).first()
         if row is None:
             last = connection.execute(sa.select(sa.func.max(table.c.position))).scalar() or 0
-            passed = sa.select(sa.func.count()).select_from(table).where(table.c.verdict == "PASS")
-            level = level_at(spec, last + 1, connection.execute(passed).scalar_one())
+            found = connection.execute(sa.select(sa.func.count()).select_from(_discoveries().subquery())).scalar_one()
+            level = level_at(spec, last + 1, found)
             values = {
                 "kind": kind, "candidate": candidate, "champion": champion, "reference": reference,
                 "conditions_sha256": _digest(said), "conditions": said, "spec": spec.model_dump(),
@@ -173,6 +172,17 @@ def _enter(plane: Deployment, kind: Kind, arms: tuple[int, int, int], said: dict
             connection.execute(table.insert().values(values))
             row = connection.execute(mine).one()
     return _trial(row)
+
+
+def _discoveries() -> sa.Select[Any]:
+    """Candidates that a trial showed to be better and that were promoted; a PASS that led to nothing is none.
+
+    The levels to come grow with their number: e-LOND holds for any subset of what it lets pass.
+    """
+    promoted = sa.select(schema.promotions.c.version).where(schema.promotions.c.decision == "promote")
+    return sa.select(schema.trials.c.candidate).where(
+        schema.trials.c.verdict == "PASS", schema.trials.c.candidate.in_(promoted)
+    )
 
 
 def _row_of(kind: Kind, arms: tuple[int, int, int], said: dict[str, Any]) -> sa.Select[Any]:
@@ -224,7 +234,7 @@ def run_round(plane: Deployment, params: Params, trial: Trial, episodes: int) ->
 
 
 def close_trial(plane: Deployment, trial: Trial, verdict: str) -> None:
-    """Record the answer, once: a PASS counts in the levels of the trials to come."""
+    """Record the answer, once."""
     table = schema.trials
     with plane.catalog.begin() as connection:
         connection.execute(table.update().where(table.c.id == trial.id, table.c.verdict == "").values(verdict=verdict))

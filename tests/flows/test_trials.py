@@ -169,6 +169,18 @@ def test_a_better_candidate_is_promoted_and_becomes_the_reference(
     assert open_trial(plane, params, 3, load_gate()).level == level_at(load_gate(), 2, 1)
 
 
+def test_a_pass_that_led_to_no_promotion_does_not_loosen_the_levels(
+    plane: Deployment, params: Params, rates: dict[int, float]
+) -> None:
+    rates |= {1: 0.5, 2: 0.9, 3: 0.9}
+    judgement = judge(plane, params, 2)
+    assert judgement.decision.verdict is Verdict.PASS
+    plane.registry.refuse(2, {"reasons": ["a person said no"]})
+    with pytest.raises(ConfigError, match="refused"):
+        act_on(plane, judgement)
+    assert open_trial(plane, params, 3, load_gate()).level == level_at(load_gate(), 2, 0)
+
+
 def test_a_promotion_without_a_trial_does_not_move_the_reference(
     plane: Deployment, params: Params, rates: dict[int, float]
 ) -> None:

@@ -98,9 +98,8 @@ class Attempt:
         clock.start()
         due = clock.now()
         while outcome is None:
-            if self.pace:
-                time.sleep(max(0.0, (due - clock.now()) / self.pace))
-                due = max(due + self.period_s, clock.now() + _LEAST_PERIOD * self.period_s)
+            self._wait_until(due)
+            due = max(due + self.period_s, clock.now() + _LEAST_PERIOD * self.period_s)
             at = clock.stamp()
             if takeover is None and operator is not None and operator.observe(env, steps):
                 takeover = steps
@@ -122,6 +121,7 @@ class Attempt:
                 outcome = "time_limit"
             elif fault is not None:
                 outcome = "failure"
+        self._wait_until(due)  # the last action acts for its whole period too, before what it led to is stamped
         note = dict(extra)
         if takeover is not None:
             note["takeover_step"] = takeover
@@ -131,6 +131,11 @@ class Attempt:
             note["policy_fault"] = fault.problem[:300]
         self.client.close(observation, clock.stamp(), outcome, env.substep_scores, note)
         return Ended(episode_id, outcome, steps, takeover, counts.get("safety", {}), fault)
+
+    def _wait_until(self, due: float) -> None:
+        """Until the world's clock shows `due`; a simulation as fast as the machine can does not wait."""
+        if self.pace:
+            time.sleep(max(0.0, (due - self.clock.now()) / self.pace))
 
     def _deadline(self) -> float:
         """Seconds of the wall clock that an inference may take."""

@@ -182,7 +182,7 @@ class _Planner:
 
 def _sound(observation: Any) -> Floats:
     """The observation, if a policy may be asked with it: a sensor's fault is not the policy's."""
-    found = np.asarray(observation, np.float32)
+    found = np.array(observation, np.float32)  # a scene may fill the same array again
     if found.ndim != 1 or not np.isfinite(found).all():
         raise CorruptDataError(
             f"the observation {found.shape} is not one row of finite numbers", "look at the robot's sensors"

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infra.errors import ConfigError, CorruptDataError
+from infra.files import open_regular
 
 Array = npt.NDArray[np.float32]
 ARCHITECTURE, WEIGHTS = "architecture.json", "policy.safetensors"
@@ -231,7 +232,7 @@ def _read(path: Path, at: int, size: int, cap: int) -> bytes:
     if size > cap:
         raise CorruptDataError(f"policy bundle {path} has {size} bytes, at most {cap} are read", _AGAIN)
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             handle.seek(at)
             data = handle.read(size)
     except OSError as error:

@@ -35,7 +35,7 @@ from infra.edge.shield import Limits, PolicyFaultError, Shield
 from infra.edge.spool import Spool
 from infra.edge.watchdog import Inference
 from infra.errors import ConfigError, CorruptDataError, LwdError, StorageFullError, UnavailableError, summary
-from infra.files import write_durably
+from infra.files import read_capped, write_durably
 from infra.fleet.attempt import Attempt
 from infra.fleet.contact import Contact
 from infra.fleet.contact import say as _say
@@ -324,7 +324,7 @@ class Robot:
         if not path.exists():
             return 0, 0
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(read_capped(path, 2**12))
             return int(document["started"]), int(document["closed"])
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise ConfigError(f"{path} is not a robot's progress ({error})", "move it away to count from 0") from error

@@ -7,6 +7,7 @@ bases/<sha256>.safetensors    what those bundles' weights complete
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Collection
@@ -47,7 +48,8 @@ class Bundles:
         self._trust = trust
         self._bases = BaseCache(root / "bases")
         self._verified: dict[PolicyRef, _Stamps] = {}  # what the files were when they verified
-        shutil.rmtree(self._aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(self._aside)
 
     def folder(self, ref: PolicyRef) -> Path:
         return self._root / "bundles" / ref.folder
@@ -77,13 +79,14 @@ class Bundles:
         """
         target = self.folder(ref)
         try:
-            if target.exists():
+            if target.is_dir():
                 try:
                     self.check(ref)
                     return
                 except UntrustedPolicyError:  # damaged on this disk: fetch it again
-                    shutil.rmtree(target)
-            shutil.rmtree(self._aside, ignore_errors=True)
+                    pass
+            _remove(target)
+            _remove(self._aside)
             self._aside.mkdir(parents=True)
             self._fetch(ref, source)
             self._check(self._aside, ref)
@@ -92,7 +95,8 @@ class Bundles:
         except OSError as error:
             raise on_disk(error, f"policy {ref.version} in {self._root}") from error
         finally:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(self._aside)
         self._verified[ref] = _stamps(target)
 
     def prune(self, kept: Collection[PolicyRef]) -> None:
@@ -147,6 +151,14 @@ def on_disk(error: OSError, what: str) -> LwdError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageFullError(f"no room for {what}", "free space there; " + KEPT)
     return LwdError(f"{what} cannot be written ({error.strerror or error})", "look at this robot's disk; " + KEPT)
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is, and whether or not it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write(source: ObjectSource, key: str, path: Path, most: int) -> None:

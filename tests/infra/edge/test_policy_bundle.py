@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,16 @@ def test_a_huge_declared_header_is_refused_unread(tmp_path: Path, length: int) -
     (folder / "policy.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(LwdError, match="header"):
         load_policy(folder)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["architecture.json", "policy.safetensors"])
+def test_a_pipe_in_a_files_place_keeps_nobody_waiting(tmp_path: Path, name: str) -> None:
+    bundle(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(LwdError):
+        load_policy(tmp_path)
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0])

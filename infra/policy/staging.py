@@ -17,6 +17,7 @@ from infra.errors import CorruptDataError, LwdError, StorageFullError, Untrusted
 from infra.files import write_durably
 from infra.policy.announcement import bundle_prefix
 from infra.policy.artifact import (
+    BASE,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_SIGNATURE_BYTES,
@@ -32,7 +33,7 @@ from infra.policy.state import PolicyRef
 
 KEPT = "the last policy that was good stays in use"
 _SPARE_BYTES = 2**15  # of the disk, which the state's file needs
-_Stamps = dict[str, tuple[int, int, int]]
+_Stamps = dict[str, tuple[int, int, int, int]]
 
 
 class Bundles:
@@ -200,4 +201,6 @@ def _stamps(folder: Path) -> _Stamps:
         found = {path.name: path.stat() for path in folder.iterdir()}
     except OSError:
         return {}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+    # A base's ctime changes with each link to it; nobody can set a file's to what it was.
+    ctimes = {name: 0 if name == BASE else stat.st_ctime_ns for name, stat in found.items()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns, ctimes[name]) for name, stat in found.items()}

@@ -18,7 +18,7 @@ from data_contracts.checks import check_episode, default_contract
 from infra.catalog import schema
 from infra.edge.inference import load_policy
 from infra.episode import Episode
-from infra.errors import ConfigError, UnavailableError
+from infra.errors import ConfigError, LwdError, UnavailableError
 from infra.fleet import robot as robot_module
 from infra.fleet.operator import TakeoverOperator
 from infra.fleet.robot import MAX_FAILURES, Robot, RobotConfig
@@ -392,6 +392,39 @@ def test_rollouts_pass_the_same_shield_and_tell_the_gate() -> None:
     assert not episode.actions[2::5].any()
     safety = result_of(episode).safety
     assert safety["non_finite"] == episode.steps // 5 and safety["clamped"] > episode.steps / 2
+
+
+def test_a_policy_that_fills_one_array_again_and_again_is_recorded_as_it_acted() -> None:
+    """Scenes side by side replan at different steps, each from the array that the others' chunks lie in."""
+
+    class Reusing:
+        horizon, version = 5, 7
+        answer = np.zeros((4, 5, 5), np.float32)
+
+        def act(self, observations: np.ndarray, instructions: Sequence[str], noise: np.ndarray) -> np.ndarray:
+            self.answer[: len(noise)] = np.tanh(noise)
+            noise *= 0
+            return self.answer[: len(noise)]
+
+    jobs = [Job(("S1", "S2", "S3")[i % 3], i) for i in range(5)]
+    together = run_jobs(Reusing(), jobs, source="rollout", envs=3, execute=4)
+    alone = run_jobs(Reusing(), jobs, source="rollout", envs=1, execute=4)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(one.actions, other.actions)
+
+
+@pytest.mark.parametrize("answer", [None, "x", [object()], [[[object()] * 5] * 5], np.zeros((1, 5, 5), object)])
+def test_an_evaluated_policy_that_gives_no_numbers_ends_in_a_named_error(answer: Any) -> None:
+    class Odd:
+        horizon, version = 5, 7
+
+        def act(self, observations: np.ndarray, instructions: Sequence[str], noise: np.ndarray) -> Any:
+            if isinstance(answer, np.ndarray):
+                answer[:] = {}
+            return answer
+
+    with pytest.raises(LwdError):
+        run_jobs(Odd(), [Job("S1", 1)], source="rollout")
 
 
 @pytest.mark.parametrize("reported", [3, [1], "x", None, {"a": -5}, {"a": "1"}, {3: 1}, {"a": True}, {"a": 2**70}])

@@ -94,6 +94,22 @@ def test_what_lies_in_a_bundles_place_is_replaced(channel: Channel, place: Calla
     assert robot.activate_at_boundary() is not None and target.is_dir()
 
 
+@pytest.mark.parametrize("file", ["policy.safetensors", "architecture.json", "manifest.json"])
+def test_a_file_that_is_altered_after_it_was_verified_is_fetched_again_though_its_time_is_put_back(
+    channel: Channel, file: str
+) -> None:
+    robot = channel.robot(f"altered-{file}")
+    robot.poll()
+    assert robot.staged is not None
+    path = robot.staged.bundle / file
+    was, true = path.stat(), path.read_bytes()
+    path.write_bytes(bytes([true[0] ^ 1]) + true[1:])
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert robot.staged is None and robot.activate_at_boundary() is None
+    robot.poll()
+    assert robot.activate_at_boundary() is not None and path.read_bytes() == true
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("file", ["manifest.json", "manifest.sig", "architecture.json", "empty.json"])

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -343,6 +344,11 @@ def _limits(config: RobotConfig) -> Limits:
     if limits.action_dim != ACTION_DIM:
         raise ConfigError(
             f"the shield is of {limits.action_dim}-D actions, this robot of {ACTION_DIM}-D", "use its own contract"
+        )
+    if not math.isclose(limits.period_s, CONTROL_PERIOD):
+        raise ConfigError(
+            f"the shield is of a control period of {limits.period_s:g} s, this robot of {CONTROL_PERIOD:g} s",
+            "use its own contract",
         )
     return limits
 

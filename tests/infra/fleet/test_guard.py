@@ -439,7 +439,8 @@ def test_a_report_of_safety_that_cannot_be_read_is_an_event(make_episode: Any, r
     ("fields", "named"),
     [({"pace": float("nan")}, "pace"), ({"pace": -1.0}, "pace"), ({"patience": 0.0}, "patience"),
      ({"shield": "os:getcwd"}, "shield"), ({"shield": "nothing:here"}, "cannot load"),
-     ({"shield": f"{__name__}:of_another_arm"}, "7-D")],
+     ({"shield": f"{__name__}:of_another_arm"}, "7-D"),
+     ({"shield": f"{__name__}:of_a_faster_arm"}, "control period")],
 )  # fmt: skip
 def test_limits_that_the_robot_cannot_keep_to_are_named(settings: Settings, fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
@@ -448,3 +449,7 @@ def test_limits_that_the_robot_cannot_keep_to_are_named(settings: Settings, fiel
 
 def of_another_arm() -> dict[str, Any]:
     return {"action_dim": 7, "low": -1, "high": 1}
+
+
+def of_a_faster_arm() -> dict[str, Any]:
+    return {"action_dim": 5, "low": -1, "high": 1, "period_s": 0.01}

@@ -11,6 +11,7 @@ period²; for actions that are displacements or velocities the first difference 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ KINDS = {
 }
 """What the shield counts, by control steps."""
 
+_QUIET = functools.partial(np.errstate, all="ignore")  # whatever the process does at a number's overflow
 _TOLERANCE = 1e-5  # of a limit: float32 rounding is no event; the contract's rule has the same
 
 
@@ -189,8 +191,8 @@ class Shield:
         self.limits = limits
         self._low, self._high = _up(np.asarray(limits.low)), _down(np.asarray(limits.high))
         change = None if limits.change is None else np.asarray(limits.change)
-        # A limit that the action's own limits imply costs nothing.
-        self._change = None if change is None or (change >= self._high - self._low).all() else change
+        with _QUIET():  # a limit that the action's own limits imply costs nothing
+            self._change = None if change is None or (change >= self._high - self._low).all() else change
         size = np.maximum(np.abs(self._low), np.abs(self._high)).astype(np.float64)
         self._tolerance = _TOLERANCE * np.where(size > 0, size, 1.0)
         self._box = None if limits.workspace is None else _Box(limits.workspace, self._change)
@@ -219,7 +221,8 @@ class Shield:
     def hold(self, kind: str, *, position: npt.ArrayLike | None = None) -> Floats:
         """The safe action (A,), counted as `kind`; `position` as in `apply`."""
         self.counts[kind] += 1
-        return self._leave(self._held(), position)
+        with _QUIET():
+            return self._leave(self._held(), position)
 
     def apply(
         self, proposed: Any, *, position: npt.ArrayLike | None = None, age_s: float = 0.0, operator: bool = False
@@ -234,15 +237,16 @@ class Shield:
             operator: an operator proposes it: counted apart.
         """
         counts = self.operator_counts if operator else self.counts
-        target, kinds = self._judge(proposed, position, age_s)
-        for kind in kinds:
-            counts[kind] += 1
-        if target is None:
-            return self._leave(self._held(), position)
-        left = self._leave(target, position)
-        if (np.abs(left - target) > self._tolerance).any():
-            counts["slowed"] += 1
-        return left
+        with _QUIET():
+            target, kinds = self._judge(proposed, position, age_s)
+            for kind in kinds:
+                counts[kind] += 1
+            if target is None:
+                return self._leave(self._held(), position)
+            left = self._leave(target, position)
+            if (np.abs(left - target) > self._tolerance).any():
+                counts["slowed"] += 1
+            return left
 
     def plan(self, chunk: Any, horizon: int) -> Floats:
         """A policy's whole chunk (H, A) float32, if all of it could be executed.
@@ -251,7 +255,8 @@ class Shield:
             PolicyFaultError: another shape or type, or not finite; counted, and nothing was executed.
         """
         wanted = (horizon, self.limits.action_dim)
-        array = _array(chunk)
+        with _QUIET():
+            array = _array(chunk)
         if array is None or array.shape != wanted:
             self.counts["malformed"] += 1
             found = type(chunk).__name__ if array is None else f"an array {array.shape}"
@@ -259,7 +264,7 @@ class Shield:
         if not np.isfinite(array).all():
             self.counts["non_finite"] += 1
             raise PolicyFaultError("the policy gave actions that are not finite", "look at its training")
-        with np.errstate(over="ignore"):
+        with _QUIET():
             return np.clip(array, -_BIG, _BIG).astype(np.float32)
 
     def _judge(
@@ -328,6 +333,7 @@ class Shield:
 
 
 _BIG = float(np.finfo(np.float32).max)
+_MOST_STEPS = 1e9
 
 
 def _array(proposed: Any) -> Doubles | None:
@@ -380,21 +386,26 @@ class _Box:
         """The largest v with v + (v - c) + (v - 2c) + … <= room, as far as the terms are positive; c is the change."""
         if self._change is None:
             return room
-        room = room * (1 - 1e-6)  # actions are rounded to float32
-        steps = np.floor((np.sqrt(1 + 8 * room / self._change) - 1) / 2)  # that braking takes after this one
-        return np.asarray(room / (steps + 1) + self._change * steps / 2)
+        room = np.minimum(room, _BIG) * (1 - 1e-6)  # actions are rounded to float32
+        # That braking takes after this one; of any other number the result would be larger.
+        steps = np.minimum(np.floor((np.sqrt(1 + 8 * (room / self._change)) - 1) / 2), _MOST_STEPS)
+        return np.asarray(room / (steps + 1) + self._change * (steps / 2))
 
 
 def _up(values: Doubles) -> Floats:
     """The least float32 that is not below."""
-    near = np.asarray(values, np.float64).astype(np.float32)
-    return np.where(near.astype(np.float64) < values, np.nextafter(near, np.float32(np.inf)), near).astype(np.float32)
+    with _QUIET():
+        near = np.asarray(values, np.float64).astype(np.float32)
+        beyond = np.nextafter(near, np.float32(np.inf))
+        return np.where(near.astype(np.float64) < values, beyond, near).astype(np.float32)
 
 
 def _down(values: Doubles) -> Floats:
     """The largest float32 that is not above."""
-    near = np.asarray(values, np.float64).astype(np.float32)
-    return np.where(near.astype(np.float64) > values, np.nextafter(near, np.float32(-np.inf)), near).astype(np.float32)
+    with _QUIET():
+        near = np.asarray(values, np.float64).astype(np.float32)
+        beyond = np.nextafter(near, np.float32(-np.inf))
+        return np.where(near.astype(np.float64) > values, beyond, near).astype(np.float32)
 
 
 def _workspace(document: Any) -> Workspace:

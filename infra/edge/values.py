@@ -125,7 +125,7 @@ def vector(value: Any, name: str, size: int | None = None) -> npt.NDArray[np.flo
         array = np.asarray(value)
         if array.dtype.kind not in "fiub" and array.size:
             raise TypeError(f"an array of {array.dtype}")
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             found = np.ascontiguousarray(array, dtype="<f4").reshape(array.shape)
     except Exception as error:
         raise _refused(name, value, "an array of numbers") from error

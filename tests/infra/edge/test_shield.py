@@ -107,6 +107,32 @@ def test_the_workspace_and_the_change_hold_together(
         before = left
 
 
+SIZES = [5e-324, 1e-310, 1e-30, 1.0, 1e30, 1e300, 1.7e308]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_size_of_a_limit_or_a_position_makes_an_action_of_what_is_no_number(data: st.DataObject) -> None:
+    size, signed = st.sampled_from(SIZES), st.sampled_from([*SIZES, *(-one for one in SIZES), 0.0, -0.0])
+    low, high = data.draw(size.map(lambda one: -one)), data.draw(size)
+    box = Workspace((data.draw(size) * -1,), (data.draw(size),), (0,), (data.draw(size),), data.draw(st.booleans()))
+    change, second = (data.draw(st.none() | size.map(lambda one: (one,))) for _ in range(2))
+    try:
+        allowed = Limits((low,), (high,), change, second, data.draw(st.sampled_from(["zero", "repeat"])),
+                         data.draw(st.sampled_from(["clamp", "refuse"])), box)  # fmt: skip
+    except ConfigError:
+        return
+    with np.errstate(all="raise"):
+        shield = Shield(allowed)
+    for _ in range(4):
+        proposed, position = data.draw(signed), data.draw(signed)
+        with np.errstate(all="raise"):
+            action = shield.apply([proposed], position=[position])
+            shield.hold("late", position=[position])
+            shield.plan([[proposed]], 1)
+        assert np.isfinite(action).all() and low <= float(action[0]) <= high
+
+
 def test_ordinary_actions_pass_unaltered_and_uncounted() -> None:
     shield = Shield(Limits.of(default_shield()))
     rng = np.random.default_rng(0)

@@ -376,6 +376,11 @@ def test_what_only_looks_like_a_number_is_refused(value: Any) -> None:
             take(value, "reward")
 
 
+def test_a_process_that_raises_at_an_underflow_records_all_the_same() -> None:
+    with np.errstate(all="raise"):
+        assert values.vector([1e-310, 1.0], "observation").tolist() == [0, 1]
+
+
 def test_a_masked_entry_is_no_measurement() -> None:
     with pytest.raises(ConfigError, match="observation"):
         values.vector(np.ma.array([1.0, 2.0], mask=[False, True]), "observation")

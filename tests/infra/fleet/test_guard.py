@@ -427,6 +427,40 @@ def test_an_evaluated_policy_that_gives_no_numbers_ends_in_a_named_error(answer:
         run_jobs(Odd(), [Job("S1", 1)], source="rollout")
 
 
+def test_a_scene_that_fills_one_array_again_and_again_is_recorded_as_it_was(
+    deployment: Deployment, settings: Settings
+) -> None:
+    class Reusing(SceneEnv):
+        def _kept(self, observation: np.ndarray) -> np.ndarray:
+            self.kept = getattr(self, "kept", np.empty_like(observation))
+            self.kept[:] = observation
+            return self.kept
+
+        def reset(self, **options: Any) -> Any:
+            observation, info = super().reset(**options)
+            return self._kept(observation), info
+
+        def step(self, action: np.ndarray) -> Any:
+            observation, *others = super().step(action)
+            return (self._kept(observation), *others)
+
+    deployment.publish()
+    make(settings).run()
+    make(settings, Reusing, robot_id="r1").run()
+    deployment.coordinate()
+    for episode in deployment.episodes():
+        assert len(np.unique(episode.observations, axis=0)) == episode.steps + 1
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 99_999, b'{"started": 1e999, "closed": 0}', b"[]", b" " * 2**20])
+def test_a_damaged_count_of_episodes_is_named(deployment: Deployment, settings: Settings, data: bytes) -> None:
+    folder = settings.robots_dir / "r0"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"progress\.json"):
+        make(settings)
+
+
 @pytest.mark.parametrize("reported", [3, [1], "x", None, {"a": -5}, {"a": "1"}, {3: 1}, {"a": True}, {"a": 2**70}])
 def test_a_report_of_safety_that_cannot_be_read_is_an_event(make_episode: Any, reported: Any) -> None:
     episode: Episode = make_episode()

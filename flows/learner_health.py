@@ -90,15 +90,16 @@ class Recovery:
 
     def _go_back(self) -> Path:
         """Load the checkpoint to go on from; the same one on each rank."""
-        good, failed = self._folder / GOOD, None
-        if exists(good):
+        good = self._folder / GOOD
+        usable = exists(good)
+        if usable:
             try:
                 self._learner.load(good)
             except (LwdError, OSError) as error:
-                failed = error
+                usable = False
                 _log.error("%s cannot be loaded: %s", good, error)
-            if not self._learner.ranks.any(failed is not None):
-                return good
+        if not self._learner.ranks.any(not usable):
+            return good
         self._learner.load(OFFLINE / CHECKPOINT)
         return OFFLINE / CHECKPOINT
 

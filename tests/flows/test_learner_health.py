@@ -203,3 +203,23 @@ def test_two_ranks_fall_together(folder: Path) -> None:
     assert (one[0], two[0]) == (None, None)
     assert "another rank" in one[1] and "divl/q is nan" in two[1]
     assert one[2:] == two[2:] and one[2] == 1
+
+
+def _one_cannot(ranks: Ranks, folder: Path, missing: bool) -> tuple[int, list[float]]:
+    import flows.learner_health as health
+
+    health.OFFLINE = folder / "offline"
+    learner = made(ranks)
+    update(learner)
+    own = folder / f"seen by {ranks.rank}"  # a file system that shows one machine what it does not show the other
+    learner.save(own / GOOD)
+    if ranks.rank == 1:
+        (own / GOOD).unlink() if missing else _torn(own / GOOD)
+    Recovery(learner, own, PARAMS).fall("a test")
+    return learner.updates, list(np.round(learner.rng.random(3), 12))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_two_ranks_go_back_to_the_same_checkpoint(folder: Path, missing: bool) -> None:
+    one, two = together(_one_cannot, 2, folder, missing)
+    assert one == two and one[0] == 0

@@ -102,7 +102,7 @@ class EdgeClient:
         self.check()
         if self._refused_close is not None:
             self.discard(self._refused_close)
-        episode_id = episode_id or new_episode_id()
+        episode_id = new_episode_id() if episode_id is None else episode_id
         self.spool.begin(
             EpisodeStart(episode_id, self.robot_id, task, instruction, source, policy_version, time.time())
         )

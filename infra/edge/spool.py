@@ -39,7 +39,7 @@ from infra.edge.framelog import (
     read_log,
 )
 from infra.episode import EPISODE_ID, Episode, encode
-from infra.errors import ConfigError, ConflictError, CorruptDataError, StorageFullError
+from infra.errors import ConfigError, ConflictError, CorruptDataError, StorageFullError, named
 from infra.files import write_durably
 
 _CLOSED = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{64})\.tar")
@@ -118,7 +118,7 @@ class Spool:
         self._owned()
         if not isinstance(start.episode_id, str) or not EPISODE_ID.fullmatch(start.episode_id):
             raise ConfigError(
-                f"episode id {start.episode_id!r:.80} is not 32 lower-case hex digits",
+                f"episode id {named(start.episode_id)} is not 32 lower-case hex digits",
                 "use infra.episode.new_episode_id()",
             )
         if self._start is not None:
@@ -374,7 +374,8 @@ class Spool:
         log.unlink(missing_ok=True)
 
     def _journal(self, event: str, episode_id: str, reason: str) -> None:
-        line = {"event": event, "episode_id": episode_id, "reason": reason, "at": time.time()}
+        said = values.note({"reason": reason})[0]  # a driver's own words may be anything
+        line = {"event": event, "episode_id": episode_id, "reason": said.get("reason", "too long"), "at": time.time()}
         with (self.root / "journal.jsonl").open("a") as handle:
             handle.write(json.dumps(line) + "\n")
             handle.flush()

@@ -385,3 +385,31 @@ def test_a_masked_entry_is_no_measurement() -> None:
     with pytest.raises(ConfigError, match="observation"):
         values.vector(np.ma.array([1.0, 2.0], mask=[False, True]), "observation")
     assert values.vector(np.ma.array([1.0, 2.0]), "observation").tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("given", [None, {"observation": [1.0]}, (1, 2), np.zeros(3), Bad(), object()])
+def test_a_frame_that_is_none_is_named_and_the_episode_goes_on(client: EdgeClient, given: Any) -> None:
+    begin(client)
+    with pytest.raises(ConfigError, match="frame"):
+        client.record(given)
+    client.record(Frame(np.zeros(3, np.float32), np.zeros(2, np.float32), 0.0, False, 0.0))
+    assert client.spool.recording is not None
+
+
+@pytest.mark.parametrize("given", ["", "x", 3, b"x", np.arange(2), [], Bad()])
+def test_an_episodes_id_that_is_none_is_named(client: EdgeClient, given: Any) -> None:
+    with pytest.raises(ConfigError, match="episode id"):
+        begin(client, episode_id=given)
+    begin(client)
+
+
+@pytest.mark.parametrize(
+    "reason", [object(), KeyError("x"), None, "\ud800", b"x", {"a": math.nan}, shared(), "x" * 2**20, Bad()]
+)
+def test_whatever_the_reason_is_an_attempt_can_be_discarded(client: EdgeClient, reason: Any) -> None:
+    begin(client)
+    client.discard(reason)
+    assert list((client.spool.root / "open").iterdir()) == []
+    line = json.loads((client.spool.root / "journal.jsonl").read_text())
+    assert line["event"] == "discarded" and len(str(line)) < 2**17
+    begin(client)

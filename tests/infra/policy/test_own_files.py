@@ -94,6 +94,12 @@ def test_what_lies_in_a_bundles_place_is_replaced(channel: Channel, place: Calla
     assert robot.activate_at_boundary() is not None and target.is_dir()
 
 
+def test_what_cannot_be_removed_keeps_no_policy_from_the_boundary(channel: Channel) -> None:
+    for below in ("bases", "bundles"):
+        (channel.home / "robots" / "foreign" / below / "a" / "b").mkdir(parents=True)
+    runs(channel, "foreign")
+
+
 @pytest.mark.parametrize("file", ["policy.safetensors", "architecture.json", "manifest.json"])
 def test_a_file_that_is_altered_after_it_was_verified_is_fetched_again_though_its_time_is_put_back(
     channel: Channel, file: str

@@ -16,8 +16,9 @@ import numpy as np
 
 from flows.params import HealthParams
 from flows.stages.common import CHECKPOINT, OFFLINE
-from infra.errors import DivergedError
+from infra.errors import DivergedError, LwdError
 from infra.telemetry import metrics
+from lwd_model.bundle import actions_problem
 from lwd_model.checkpoint import exists, previous
 from lwd_model.health import Health, HealthLimits, weights_problem
 from lwd_model.learner import Learner
@@ -59,8 +60,10 @@ class Recovery:
         return self._agreed(problem)
 
     def judge_weights(self) -> str | None:
-        """What is wrong with the weights, targets and EMAs included; the same decision on each rank."""
-        return self._agreed(weights_problem(self._learner.agent.networks()))
+        """What is wrong with the weights, targets and EMAs included, or with the actions of the policy that would be
+        deployed; the same decision on each rank."""
+        agent, config = self._learner.agent, self._learner.config.policy
+        return self._agreed(weights_problem(agent.networks()) or actions_problem(agent.deployed, config))
 
     def _agreed(self, problem: str | None) -> str | None:
         if not self._learner.ranks.any(problem is not None):
@@ -85,10 +88,27 @@ class Recovery:
             os.link(self._folder / CHECKPOINT, self._folder / PENDING)
             self._pending_at = self._learner.updates
 
+    def _go_back(self) -> Path:
+        """Load the checkpoint to go on from; the same one on each rank."""
+        good = self._folder / GOOD
+        usable = exists(good)
+        if usable:
+            try:
+                self._learner.load(good)
+            except (LwdError, OSError) as error:
+                usable = False
+                _log.error("%s cannot be loaded: %s", good, error)
+        if not self._learner.ranks.any(not usable):
+            return good
+        self._learner.load(OFFLINE / CHECKPOINT)
+        return OFFLINE / CHECKPOINT
+
     def fall(self, problem: str) -> None:
         """Go back to the last good checkpoint, the offline stage's where there is none, with another random draw.
 
         The data stay those that the learner holds now.
+
+        A good checkpoint that cannot be loaded, for whatever reason, is as none.
 
         Raises:
             DivergedError: too many falls in a row; the checkpoint left is the good one.
@@ -97,9 +117,7 @@ class Recovery:
         learner, fell_at = self._learner, self._learner.updates
         position, snapshot = dict(learner.position), learner.snapshot_version
         falls = self.falls + 1
-        good = self._folder / GOOD
-        source = good if exists(good) else OFFLINE / CHECKPOINT
-        learner.load(source)
+        source = self._go_back()
         learner.snapshot_version = snapshot
         learner.position = position | {"falls": falls, "problem": problem}
         learner.rng = np.random.default_rng([learner.seed, learner.updates, falls, fell_at])

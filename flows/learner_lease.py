@@ -67,11 +67,14 @@ class LearnerLease:
         self._lease.guard(connection)
 
     def release(self) -> None:
-        """Let another take over at once."""
+        """Let another take over at once; where the catalog is away, when the lease has ended."""
         self._done.set()
         if self._thread is not None:
             self._thread.join()
-        self._lease.release()
+        try:
+            self._lease.release()
+        except Exception as error:  # whatever ended the learner is what is to be told
+            _log.warning("the learner's lease could not be given back: %s", error)
 
     def _keep(self) -> None:
         while not self._done.wait(self._lease.seconds / 3):

@@ -272,12 +272,21 @@ def _run(loop: OnlineLearner, stop: threading.Event) -> None:
 
 
 def _resumed_rows(loop: OnlineLearner) -> Path:
-    """The metrics' file, without rows of updates that the checkpoint has not seen (they will be done again)."""
+    """The metrics' file, without rows of updates that the checkpoint has not seen (they will be done again) and those
+    that a full disk has torn."""
     path = loop.folder / ROWS
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["update"] <= loop.updates]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in path.read_bytes().splitlines() if 0 <= _update_of(line) <= loop.updates]
+        write_durably(path, b"".join(line + b"\n" for line in kept))
     return path
+
+
+def _update_of(line: bytes) -> int:
+    """Of a row; -1 where it is none."""
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        return -1
 
 
 def _process_name(ranks: Ranks) -> str:

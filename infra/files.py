@@ -1,8 +1,11 @@
-"""Files that are either the old or the new one, whatever dies in between."""
+"""Files that are either the old or the new one, whatever dies in between; and reading what may be no file."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import stat
 from pathlib import Path
 
 
@@ -44,3 +47,25 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """A file to read from.
+
+    Raises:
+        OSError: it cannot be opened, or is no file: a pipe would keep its reader waiting, a device has no end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_capped(path: Path, most: int) -> bytes:
+    """All of a file; OSError as `open_regular`, ValueError where it has more than `most` bytes."""
+    with open_regular(path) as handle:
+        data = handle.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path.name} has more than {most} bytes")
+    return data

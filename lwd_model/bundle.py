@@ -7,16 +7,19 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from infra.errors import ConfigError, CorruptDataError, DivergedError
+from infra.errors import ConfigError, CorruptDataError, DivergedError, StorageFullError
 from lwd_model.config import PolicyConfig, from_dict, to_dict
 from lwd_model.flow import euler
 from lwd_model.networks import FlowPolicy
-from lwd_model.normaliser import Normaliser
+from lwd_model.normaliser import CLIP, Normaliser
 
 WEIGHTS, ARCHITECTURE, FORMAT = "policy.safetensors", "architecture.json", 1
+_TRIAL = 64  # instructions
 
 
 def export_bundle(policy: FlowPolicy, normaliser: Normaliser, config: PolicyConfig, out_dir: Path) -> Path:
@@ -31,6 +34,7 @@ def export_bundle(policy: FlowPolicy, normaliser: Normaliser, config: PolicyConf
 
     Raises:
         DivergedError: a weight or an action of a trial is not finite; nothing was written.
+        StorageFullError: the disk does not take the weights.
     """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in policy.named_tensors().items()}
     tensors["observation.mean"] = torch.from_numpy(normaliser.mean.copy())
@@ -39,25 +43,45 @@ def export_bundle(policy: FlowPolicy, normaliser: Normaliser, config: PolicyConf
     out_dir.mkdir(parents=True, exist_ok=True)
     architecture = {"format": FORMAT, "policy": to_dict(config), "normaliser": normaliser.digest}
     aside = out_dir / (WEIGHTS + ".part")
-    save_file(tensors, aside)
+    try:
+        save_file(tensors, aside)
+    except SafetensorError as error:
+        aside.unlink(missing_ok=True)
+        raise StorageFullError(f"{aside} cannot be written ({error})", "free disk space, or see that disk") from error
     os.replace(aside, out_dir / WEIGHTS)
     (out_dir / ARCHITECTURE).write_text(json.dumps(architecture, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return out_dir
 
 
-@torch.no_grad()
 def _must_be_finite(policy: FlowPolicy, config: PolicyConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     fix = "publish nothing of this training; go back to a checkpoint before it"
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise DivergedError(f"{name} of the policy is not finite", fix)
+    if (problem := actions_problem(policy, config)) is not None:
+        raise DivergedError(problem, fix)
+
+
+@torch.no_grad()
+def actions_problem(policy: FlowPolicy, config: PolicyConfig) -> str | None:
+    """What is wrong with a policy whose weights are finite and whose actions are not; None if it can act.
+
+    The trial is that of a robot that loads it: an ordinary observation, and two at the ends of their range.
+    """
     device, weights = policy.flat.device, policy.weights()
-    obs = torch.zeros(1, config.obs_dim, device=device)  # the mean observation, standardised
-    cache = policy.prefix(obs, torch.zeros(1, dtype=torch.int64, device=device), weights)
-    noise = torch.zeros(1, config.horizon, config.action_dim, device=device)
-    action = euler(lambda x, w: policy.velocity(cache, x, w, weights), noise, config.flow_steps)
-    if not bool(torch.isfinite(action).all()):
-        raise DivergedError("the policy's action at the mean observation is not finite", fix)
+    tasks = torch.arange(min(len(config.instructions), _TRIAL), device=device)
+    for sigma in (0.0, -CLIP, CLIP):  # standardised
+        cache = policy.prefix(torch.full((len(tasks), config.obs_dim), sigma, device=device), tasks, weights)
+        noise = torch.full((len(tasks), config.horizon, config.action_dim), float(np.sign(sigma)), device=device)
+        action = euler(
+            lambda x, w, cache=cache: policy.velocity(cache, x, w, weights),  # type: ignore[misc]
+            noise * config.noise_scale,
+            config.flow_steps,
+        )
+        if not bool(torch.isfinite(action).all()):
+            where = "at the mean observation" if not sigma else f"{sigma:g} standard deviations from it"
+            return f"the policy's action {where} is not finite"
+    return None
 
 
 def import_bundle(bundle_dir: Path) -> tuple[FlowPolicy, Normaliser, PolicyConfig]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from infra.errors import CorruptDataError
+from infra.errors import CorruptDataError, summary
 
 MAGIC = b"LWDCKPT1"
 
@@ -22,16 +22,24 @@ def previous(path: Path) -> Path:
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path`; at every moment one whole checkpoint is on disk."""
+    """Replace the checkpoint at `path`; at every moment one whole checkpoint is on disk.
+
+    Raises:
+        OSError: the disk does not take it; the checkpoint that was there stays, and nothing of the new one.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
-        file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with aside.open("wb") as file:
+            file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        aside.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     if path.exists():
         os.replace(path, previous(path))
     os.replace(aside, path)
@@ -59,9 +67,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if data[: len(MAGIC)] != MAGIC or hashlib.sha256(payload).digest() != digest:
             problems.append(f"{candidate}: torn or not a checkpoint ({len(data)} bytes)")
             continue
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        except Exception as error:  # something else was written there, and its digest
+            problems.append(f"{candidate}: {summary(error)}")
+            continue
         if problems:
             warnings.warn(f"{problems[0]}; resuming from {candidate}", stacklevel=2)
-        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         return state
     raise CorruptDataError(
         f"no whole checkpoint: {'; '.join(problems)}", "train from the start, or restore the file from a backup"

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, CorruptDataError, summary
 from lwd_model.agent import LWDAgent
 from lwd_model.checkpoint import read_checkpoint, write_checkpoint
 from lwd_model.chunks import Batch
@@ -170,28 +170,42 @@ class Learner:
         """Go on from a checkpoint; learner options (tau_base, rates, …) stay this learner's own.
 
         Raises:
-            CorruptDataError: no whole checkpoint there.
+            CorruptDataError: no whole checkpoint of this version there. This learner is then part of it: load another.
             ConfigError: it is of another architecture; the message names the first difference.
         """
         state = read_checkpoint(path)
-        _same_architecture(json.loads(state["architecture"]), self.config.architecture(), path)
-        self.agent.load_learner_state(state["agent"])
-        self.rng.bit_generator.state = json.loads(state["rng"])
-        self.generator.set_state(state["generator"])
-        self.snapshot_version = state["snapshot_version"]
-        self.position = json.loads(state["position"])
+        with _of_this_version(path):
+            _same_architecture(json.loads(state["architecture"]), self.config.architecture(), path)
+            self.agent.load_learner_state(state["agent"])
+            self.rng.bit_generator.state = json.loads(state["rng"])
+            self.generator.set_state(state["generator"])
+            self.snapshot_version = state["snapshot_version"]
+            self.position = dict(json.loads(state["position"]))
 
     @classmethod
     def resume(cls, path: Path, learner: Mapping[str, Any] | None = None, **options: Any) -> Learner:
         """A learner as its checkpoint describes it, with some learner options overridden."""
         state = read_checkpoint(path)
-        data = json.loads(state["config"])
-        data["learner"] |= learner or {}
-        stats = state["agent"]["normaliser"]
-        normaliser = Normaliser(stats["mean"].numpy(), stats["std"].numpy())
-        made = cls(agent_from_dict(data), normaliser, seed=state["seed"], **options)
+        with _of_this_version(path):
+            data = json.loads(state["config"])
+            data["learner"] |= learner or {}
+            stats, seed = state["agent"]["normaliser"], int(state["seed"])
+            normaliser = Normaliser(stats["mean"].numpy(), stats["std"].numpy())
+        made = cls(agent_from_dict(data), normaliser, seed=seed, **options)
         made.load(path)
         return made
+
+
+@contextmanager
+def _of_this_version(path: Path) -> Iterator[None]:
+    """CorruptDataError where a checkpoint's digest holds and its content is not what this version writes."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CorruptDataError(
+            f"checkpoint {path} is whole, but not of this version ({summary(error)})",
+            "go on with the version that wrote it, or train from the start in another folder",
+        ) from error
 
 
 @contextmanager

@@ -20,12 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from infra.errors import ConfigError, CorruptDataError
+from infra.files import open_regular
 
 Array = npt.NDArray[np.float32]
 ARCHITECTURE, WEIGHTS = "architecture.json", "policy.safetensors"
 FORMAT = 1
 MAX_JSON = 4 * 2**20  # bytes of architecture.json, and of the header of the weights
 MAX_INSTRUCTIONS, MAX_INSTRUCTION = 10_000, 2_000
+MAX_WORK = 10**10  # multiplications of an inference: far more than a control period has time for
+_LAYER_WORK = 10**5  # what calling a layer costs, in multiplications
 _LIMITS = {
     "obs_dim": (1, 2**20),
     "action_dim": (1, 1024),
@@ -61,6 +64,13 @@ class Architecture:
     time_features: int
     flow_steps: int
     noise_scale: float
+
+    @property
+    def work(self) -> int:
+        """Multiplications of an inference of one chunk, about."""
+        products = 2 if self.kind == "residual" else 1
+        layer = max(products * self.width**2, _LAYER_WORK)
+        return self.flow_steps * (self.blocks * layer + 2 * self.width * self.horizon * self.action_dim)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -116,7 +126,14 @@ def read_architecture(bundle: Path) -> Architecture:
     noise = policy["noise_scale"]
     if type(noise) not in (int, float) or not 0 <= noise <= 100:
         raise ConfigError(f"{path}: noise_scale is {_short(noise)}, not a number in 0..100", _EXPORT)
-    return Architecture(**{**policy, "noise_scale": float(noise), "instructions": _instructions(policy, path)})
+    found = Architecture(**{**policy, "noise_scale": float(noise), "instructions": _instructions(policy, path)})
+    if found.work > MAX_WORK:
+        raise ConfigError(
+            f"{path}: an inference of {found.flow_steps} flow steps, {found.blocks} blocks, width {found.width} takes "
+            f"{found.work:.0e} multiplications, at most {MAX_WORK:.0e} are tried",
+            "train a smaller policy, or with fewer flow steps",
+        )
+    return found
 
 
 def read_tensors(bundle: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -231,7 +248,7 @@ def _read(path: Path, at: int, size: int, cap: int) -> bytes:
     if size > cap:
         raise CorruptDataError(f"policy bundle {path} has {size} bytes, at most {cap} are read", _AGAIN)
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             handle.seek(at)
             data = handle.read(size)
     except OSError as error:

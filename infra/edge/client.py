@@ -102,7 +102,7 @@ class EdgeClient:
         self.check()
         if self._refused_close is not None:
             self.discard(self._refused_close)
-        episode_id = episode_id or new_episode_id()
+        episode_id = new_episode_id() if episode_id is None else episode_id
         self.spool.begin(
             EpisodeStart(episode_id, self.robot_id, task, instruction, source, policy_version, time.time())
         )
@@ -256,7 +256,10 @@ class EdgeClient:
                 counts["failed"] += 1
                 if isinstance(outcome, ConflictError):
                     # The server has other bytes under this id; the file stays for a person.
-                    self.spool.set_aside(closed, outcome.problem)
+                    try:
+                        self.spool.set_aside(closed, outcome.problem)
+                    except Exception as error:
+                        self._report(closed, error)
                 self._report(closed, outcome)
             if all(isinstance(outcome, UnavailableError | StorageFullError) for outcome in outcomes):
                 return False
@@ -270,7 +273,9 @@ class EdgeClient:
         return left
 
     def start(self) -> None:
-        """Empty the spool in the background, until `stop`."""
+        """Empty the spool in the background, until `stop`; nothing happens where that is done already."""
+        if self._thread is not None and self._thread.is_alive():
+            return
         self._stop.clear()
         self._death = None
         self._thread = threading.Thread(target=self._live, name=f"sync-{self.robot_id}", daemon=True)

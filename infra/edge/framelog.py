@@ -90,13 +90,18 @@ def frame_record(frame: Frame) -> bytes:
     Raises:
         ConfigError: a field is not of its type, or the record is larger than one may be, 16 MiB.
     """
-    observation = values.vector(frame.observation, "observation")
-    action = values.vector(frame.action, "action")
-    reward = values.number(frame.reward, "reward")
+    try:
+        given = (frame.observation, frame.action, frame.reward, frame.intervention, frame.timestamp)
+    except AttributeError as error:
+        raise ConfigError(
+            f"a frame is of type {type(frame).__name__}, which has no {error.name}", "give an infra.edge.framelog.Frame"
+        ) from error
+    observation, action = values.vector(given[0], "observation"), values.vector(given[1], "action")
+    reward = values.number(given[2], "reward")
     if abs(reward) > _LARGEST:
         raise ConfigError(f"reward is {reward:g}, more than a float32 can hold", "give reward as 0 or 1")
-    timestamp = values.number(frame.timestamp, "timestamp")
-    step = _STEP.pack(observation.size, timestamp, reward, values.flag(frame.intervention, "intervention"))
+    timestamp = values.number(given[4], "timestamp")
+    step = _STEP.pack(observation.size, timestamp, reward, values.flag(given[3], "intervention"))
     return _record(_FRAME, step + observation.tobytes() + action.tobytes())
 
 

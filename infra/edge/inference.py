@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from infra.edge.bundle import Architecture, read_architecture, read_tensors
+from infra.edge.bundle import MAX_WORK, Architecture, read_architecture, read_tensors
 from infra.errors import ConfigError, CorruptDataError
 
 Array = npt.NDArray[np.float32]
@@ -126,7 +126,8 @@ def load_policy(
             f"policy bundle {folder}: observation.std is not positive", "do not deploy it; export it again"
         )
     policy = NumpyFlowPolicy(architecture, tensors, version)
-    _try(policy, tensors["observation.mean"], tensors["observation.std"], folder)
+    tried = min(_TRIAL, max(1, MAX_WORK // architecture.work))
+    _try(policy, tensors["observation.mean"], tensors["observation.std"], folder, architecture.instructions[:tried])
     return policy
 
 
@@ -145,9 +146,8 @@ def _fits(architecture: Architecture, embodiment: Embodiment, folder: Path) -> N
         )
 
 
-def _try(policy: NumpyFlowPolicy, mean: Array, std: Array, folder: Path) -> None:
+def _try(policy: NumpyFlowPolicy, mean: Array, std: Array, folder: Path, instructions: Sequence[str]) -> None:
     """One inference each on an ordinary observation and on two at the ends of their range."""
-    instructions = policy.instructions[:_TRIAL]
     shape = (len(instructions), policy.horizon, policy.action_dim)
     with np.errstate(all="ignore"):
         for sigma in (0.0, -CLIP, CLIP):

@@ -11,6 +11,7 @@ period²; for actions that are displacements or velocities the first difference 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ KINDS = {
 }
 """What the shield counts, by control steps."""
 
+_QUIET = functools.partial(np.errstate, all="ignore")  # whatever the process does at a number's overflow
 _TOLERANCE = 1e-5  # of a limit: float32 rounding is no event; the contract's rule has the same
 
 
@@ -73,7 +75,7 @@ class Limits:
         low, high: (A,) the action's limits.
         change: (A,) largest first difference, per control step; None for no limit.
         second_change: (A,) largest second difference, per control step squared; None for no limit. It gives way where
-            the limits themselves ask for a harder stop.
+            the other limits ask for a harder stop.
         hold: the safe action: `zero` (a displacement or velocity of nothing), `repeat` (the last one: an absolute
             position is kept), or (A,) numbers. It is approached as fast as `change` allows.
         off_limits: what happens to an action beyond the limits or the workspace.
@@ -127,8 +129,18 @@ class Limits:
             _require(
                 all(low < high for low, high in zip(box.low, box.high, strict=True)), "workspace", "have low < high"
             )
-            _require(all(0 <= axis < dim for axis in box.axes), "workspace.axes", f"be entries of a {dim}-D action")
+            known = all(type(axis) is int and 0 <= axis < dim for axis in box.axes)
+            _require(known, "workspace.axes", f"be entries of a {dim}-D action")
+            _require(len(set(box.axes)) == len(box.axes), "workspace.axes", "name no entry twice")
             _require(all(math.isfinite(one) and one > 0 for one in box.scale), "workspace.scale", "be positive")
+            if not box.relative:
+                edges = [
+                    (box.axes[i], box.low[i] / box.scale[i], box.high[i] / box.scale[i]) for i in range(len(box.axes))
+                ]
+                meets = all(max(low, self.low[axis]) <= min(high, self.high[axis]) for axis, low, high in edges)
+                _require(meets, "workspace", "have positions that the action's limits allow")
+                inside = self.hold == "repeat" or all(low <= held[axis] <= high for axis, low, high in edges)
+                _require(inside, "hold", "lie within the workspace")
 
     @classmethod
     def box(cls, action_dim: int, low: float = -1.0, high: float = 1.0) -> Limits:
@@ -179,9 +191,11 @@ class Shield:
         self.limits = limits
         self._low, self._high = _up(np.asarray(limits.low)), _down(np.asarray(limits.high))
         change = None if limits.change is None else np.asarray(limits.change)
-        # A limit that the action's own limits imply costs nothing.
-        self._change = None if change is None or (change >= self._high - self._low).all() else change
-        self._box = None if limits.workspace is None else _Box(limits.workspace)
+        with _QUIET():  # a limit that the action's own limits imply costs nothing
+            self._change = None if change is None or (change >= self._high - self._low).all() else change
+        size = np.maximum(np.abs(self._low), np.abs(self._high)).astype(np.float64)
+        self._tolerance = _TOLERANCE * np.where(size > 0, size, 1.0)
+        self._box = None if limits.workspace is None else _Box(limits.workspace, self._change)
         self.counts: Counter[str] = Counter()
         self.operator_counts: Counter[str] = Counter()
         self.reset()
@@ -204,10 +218,11 @@ class Shield:
         elif self.limits.hold == "zero":
             self._previous = np.zeros(self.limits.action_dim, np.float32)
 
-    def hold(self, kind: str) -> Floats:
-        """The safe action (A,), counted as `kind`."""
+    def hold(self, kind: str, *, position: npt.ArrayLike | None = None) -> Floats:
+        """The safe action (A,), counted as `kind`; `position` as in `apply`."""
         self.counts[kind] += 1
-        return self._leave(self._held())
+        with _QUIET():
+            return self._leave(self._held(), position)
 
     def apply(
         self, proposed: Any, *, position: npt.ArrayLike | None = None, age_s: float = 0.0, operator: bool = False
@@ -222,15 +237,16 @@ class Shield:
             operator: an operator proposes it: counted apart.
         """
         counts = self.operator_counts if operator else self.counts
-        target, kinds = self._judge(proposed, position, age_s)
-        for kind in kinds:
-            counts[kind] += 1
-        if target is None:
-            return self._leave(self._held())
-        left = self._leave(target)
-        if (np.abs(left - target) > _TOLERANCE * np.maximum(1.0, np.abs(target))).any():
-            counts["slowed"] += 1
-        return left
+        with _QUIET():
+            target, kinds = self._judge(proposed, position, age_s)
+            for kind in kinds:
+                counts[kind] += 1
+            if target is None:
+                return self._leave(self._held(), position)
+            left = self._leave(target, position)
+            if (np.abs(left - target) > self._tolerance).any():
+                counts["slowed"] += 1
+            return left
 
     def plan(self, chunk: Any, horizon: int) -> Floats:
         """A policy's whole chunk (H, A) float32, if all of it could be executed.
@@ -239,7 +255,8 @@ class Shield:
             PolicyFaultError: another shape or type, or not finite; counted, and nothing was executed.
         """
         wanted = (horizon, self.limits.action_dim)
-        array = _array(chunk)
+        with _QUIET():
+            array = _array(chunk)
         if array is None or array.shape != wanted:
             self.counts["malformed"] += 1
             found = type(chunk).__name__ if array is None else f"an array {array.shape}"
@@ -247,7 +264,7 @@ class Shield:
         if not np.isfinite(array).all():
             self.counts["non_finite"] += 1
             raise PolicyFaultError("the policy gave actions that are not finite", "look at its training")
-        with np.errstate(over="ignore"):
+        with _QUIET():
             return np.clip(array, -_BIG, _BIG).astype(np.float32)
 
     def _judge(
@@ -260,20 +277,22 @@ class Shield:
             return None, ("malformed",)
         if not np.isfinite(array).all():
             return None, ("non_finite",)
-        if limits.chunk_age_s is not None and not age_s <= limits.chunk_age_s:
+        if limits.chunk_age_s is not None and not _at_most(age_s, limits.chunk_age_s):
             return None, ("stale",)
         kinds: tuple[str, ...] = ()
         target = np.clip(array, self._low, self._high)
-        if (np.abs(target - array) > _TOLERANCE).any():
+        if (np.abs(target - array) > self._tolerance).any():
             if limits.off_limits == "refuse":
                 return None, ("off_limits",)
             kinds = ("clamped",)
         if self._box is None:
             return target, kinds
-        inside = self._box.nearest(target, position)
-        if inside is None:
+        edges = self._box.edges(position)
+        if edges is None:
             return None, (*kinds, "workspace")
-        if (np.abs(inside - target) > _TOLERANCE).any():
+        inside = target.copy()
+        inside[self._box.axes] = np.clip(target[self._box.axes], *edges)
+        if (np.abs(inside - target) > self._tolerance).any():
             return (None if limits.off_limits == "refuse" else inside), (*kinds, "workspace")
         return target, kinds
 
@@ -284,18 +303,28 @@ class Shield:
             return np.asarray(held, np.float64)
         return np.zeros(self.limits.action_dim) if hold == "zero" else np.asarray(hold, np.float64)
 
-    def _leave(self, target: Doubles) -> Floats:
-        """The point nearest to `target` that the limits let the robot reach in one control step."""
+    def _leave(self, target: Doubles, position: npt.ArrayLike | None) -> Floats:
+        """The point nearest to `target` that the limits let the robot reach in one control step.
+
+        Each limit leaves what it can to the next: the action's and the change's, the workspace, the second change.
+        """
         low, high = self._low, self._high
-        if self._previous is not None:
-            at = self._previous.astype(np.float64)
-            if self._change is not None:
-                low, high = np.maximum(low, _up(at - self._change)), np.minimum(high, _down(at + self._change))
-            if self.limits.second_change is not None:
-                bend = np.asarray(self.limits.second_change)
-                moving = at if self._velocity is None else at + self._velocity
-                # Nearest to the second limit where the first ones leave no room for it: a harder stop is the safer one.
-                low, high = np.clip(_up(moving - bend), low, high), np.clip(_down(moving + bend), low, high)
+        at = None if self._previous is None else self._previous.astype(np.float64)
+        if at is not None and self._change is not None:
+            low, high = np.maximum(low, _up(at - self._change)), np.minimum(high, _down(at + self._change))
+        if self._box is not None:
+            axes, edges = self._box.axes, self._box.edges(position)
+            least, most = edges or (np.zeros(len(axes)),) * 2  # who does not know where it is does not move
+            low, high = low.copy(), high.copy()
+            low[axes], high[axes] = (
+                np.clip(_up(least), low[axes], high[axes]),
+                np.clip(_down(most), low[axes], high[axes]),
+            )
+        if at is not None and self.limits.second_change is not None:
+            bend = np.asarray(self.limits.second_change)
+            moving = at if self._velocity is None else at + self._velocity
+            # Nearest to the second limit where the first ones leave no room for it: a harder stop is the safer one.
+            low, high = np.clip(_up(moving - bend), low, high), np.clip(_down(moving + bend), low, high)
         action: Floats = np.clip(np.asarray(target).astype(np.float32), low, high).astype(np.float32)
         if self._previous is not None:
             self._velocity = action.astype(np.float64) - self._previous
@@ -304,50 +333,79 @@ class Shield:
 
 
 _BIG = float(np.finfo(np.float32).max)
+_MOST_STEPS = 1e9
 
 
 def _array(proposed: Any) -> Doubles | None:
-    """Numbers as float64, None for anything else."""
+    """Numbers as float64, a masked one as NaN; None for anything else."""
     try:
-        array = np.asarray(proposed)
-        return array.astype(np.float64) if array.dtype.kind in "fiub" else None
+        array = np.asanyarray(proposed)
+        if array.dtype.kind not in "fiub":
+            return None
+        return np.asarray(np.ma.filled(array.astype(np.float64), np.nan))
     except Exception:  # a ragged list, a foreign object
         return None
 
 
+def _at_most(value: Any, limit: float) -> bool:
+    """Whether it is a number, and no larger."""
+    try:
+        return bool(float(value) <= limit)
+    except Exception:
+        return False
+
+
 class _Box:
-    """A workspace as arrays."""
+    """A workspace as arrays.
 
-    def __init__(self, workspace: Workspace) -> None:
+    Attributes:
+        axes: entries of the action that move the position.
+
+    Args:
+        change: (A,) largest change of the action, if that is limited: whoever cannot stop at once brakes in time.
+    """
+
+    def __init__(self, workspace: Workspace, change: Doubles | None) -> None:
         self._low, self._high, self._scale = map(np.asarray, (workspace.low, workspace.high, workspace.scale))
-        self._axes, self._relative = list(workspace.axes), workspace.relative
+        self.axes, self._relative = list(workspace.axes), workspace.relative
+        self._change = None if change is None else change[self.axes]
 
-    def nearest(self, target: Doubles, position: npt.ArrayLike | None) -> Doubles | None:
-        """The action nearest to `target` that ends in the box; None where that is not known."""
+    def edges(self, position: npt.ArrayLike | None) -> tuple[Doubles, Doubles] | None:
+        """The least and the largest action of each axis that end in the box, and can be stopped within it; None where
+        that is not known."""
         if not self._relative:
-            least, most = self._low / self._scale, self._high / self._scale
-        else:
-            measured = _array(position) if position is not None else None
-            if measured is None or measured.shape != self._low.shape or not np.isfinite(measured).all():
-                return None
-            # Already outside: towards the box or nowhere, but not by force.
-            least = np.minimum((self._low - measured) / self._scale, 0.0)
-            most = np.maximum((self._high - measured) / self._scale, 0.0)
-        moved = target.copy()
-        moved[self._axes] = np.minimum(np.maximum(target[self._axes], least), most)
-        return moved
+            return self._low / self._scale, self._high / self._scale
+        measured = _array(position) if position is not None else None
+        if measured is None or measured.shape != self._low.shape or not np.isfinite(measured).all():
+            return None
+        # Already outside: towards the box or nowhere, but not by force.
+        below, above = np.minimum((self._low - measured) / self._scale, 0.0), (self._high - measured) / self._scale
+        return -self._brake(-below), self._brake(np.maximum(above, 0.0))
+
+    def _brake(self, room: Doubles) -> Doubles:
+        """The largest v with v + (v - c) + (v - 2c) + … <= room, as far as the terms are positive; c is the change."""
+        if self._change is None:
+            return room
+        room = np.minimum(room, _BIG) * (1 - 1e-6)  # actions are rounded to float32
+        # That braking takes after this one; of any other number the result would be larger.
+        steps = np.minimum(np.floor((np.sqrt(1 + 8 * (room / self._change)) - 1) / 2), _MOST_STEPS)
+        return np.asarray(room / (steps + 1) + self._change * (steps / 2))
 
 
 def _up(values: Doubles) -> Floats:
     """The least float32 that is not below."""
-    near = np.asarray(values, np.float64).astype(np.float32)
-    return np.where(near.astype(np.float64) < values, np.nextafter(near, np.float32(np.inf)), near).astype(np.float32)
+    with _QUIET():
+        near = np.asarray(values, np.float64).astype(np.float32)
+        beyond = np.nextafter(near, np.float32(np.inf))
+        return np.where(near.astype(np.float64) < values, beyond, near).astype(np.float32)
 
 
 def _down(values: Doubles) -> Floats:
     """The largest float32 that is not above."""
-    near = np.asarray(values, np.float64).astype(np.float32)
-    return np.where(near.astype(np.float64) > values, np.nextafter(near, np.float32(-np.inf)), near).astype(np.float32)
+    with _QUIET():
+        near = np.asarray(values, np.float64).astype(np.float32)
+        beyond = np.nextafter(near, np.float32(-np.inf))
+        return np.where(near.astype(np.float64) > values, beyond, near).astype(np.float32)
 
 
 def _workspace(document: Any) -> Workspace:

@@ -39,7 +39,7 @@ from infra.edge.framelog import (
     read_log,
 )
 from infra.episode import EPISODE_ID, Episode, encode
-from infra.errors import ConfigError, ConflictError, CorruptDataError, StorageFullError
+from infra.errors import ConfigError, ConflictError, CorruptDataError, StorageFullError, named
 from infra.files import write_durably
 
 _CLOSED = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{64})\.tar")
@@ -80,15 +80,17 @@ class Spool:
         self._open_dir, self._closed_dir, self._aside_dir = (self.root / n for n in ("open", "closed", "aside"))
         for folder in (self._open_dir, self._closed_dir, self._aside_dir):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._lock)
+            os.close(lock)
             raise ConflictError(
                 f"spool {self.root} belongs to another running process",
                 "stop that robot, or give this one its own name",
             ) from error
+        self._lock: int | None = lock
+        self._owner = os.getpid()
         self._sealing = threading.Lock()  # of the recording and the sending thread: one makes or seals logs at a time
         self._fd: int | None = None
         self._start: EpisodeStart | None = None
@@ -109,12 +111,14 @@ class Spool:
         """Open the log of a new episode.
 
         Raises:
-            ConfigError: a field is not of its type, the id is malformed or was used, or an episode is open already.
+            ConfigError: a field is not of its type, the id is malformed or was used, an episode is open already, or the
+                spool is not this process's.
             StorageFullError: no room; episodes that are closed stay and can still be sent.
         """
+        self._owned()
         if not isinstance(start.episode_id, str) or not EPISODE_ID.fullmatch(start.episode_id):
             raise ConfigError(
-                f"episode id {start.episode_id!r:.80} is not 32 lower-case hex digits",
+                f"episode id {named(start.episode_id)} is not 32 lower-case hex digits",
                 "use infra.episode.new_episode_id()",
             )
         if self._start is not None:
@@ -149,6 +153,7 @@ class Spool:
         """
         if self._start is None:
             raise ConfigError("no episode is open", "call begin() before record()")
+        self._owned()
         record = frame_record(frame)
         dims = frame_dims(record)
         if self._dims not in (None, dims):
@@ -175,6 +180,7 @@ class Spool:
         """
         if self._start is None:
             raise ConfigError("no episode is open", "call begin() before close()")
+        self._owned()
         episode_id = self._start.episode_id
         if self._dims is None:
             raise ConfigError(f"episode {episode_id} has no frame", "record each step before close(), or discard it")
@@ -210,6 +216,7 @@ class Spool:
         """
         if self._start is None:
             return
+        self._owned()
         episode_id = self._start.episode_id
         self._release()
         self._drop_log(self._log(episode_id), reason)
@@ -217,7 +224,8 @@ class Spool:
     # Emptying
 
     def pending(self) -> list[ClosedEpisode]:
-        """The closed episodes, oldest first."""
+        """The closed episodes, oldest first; ConfigError if the spool is not this process's."""
+        self._owned()
         found = []
         for path in self._closed_dir.glob("*.tar"):
             if (named := _CLOSED.fullmatch(path.name)) is None:  # not written by a spool
@@ -269,9 +277,21 @@ class Spool:
     def release(self) -> None:
         """Give the spool up: an open episode stays as its log; another process may open it."""
         self._release()
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     # Recovery and plumbing
+
+    def _owned(self) -> None:
+        """ConfigError unless the lock is this process's: a forked one would write into its parent's logs."""
+        if self._lock is None:
+            raise ConfigError(f"spool {self.root} was released", "open it again")
+        if os.getpid() != self._owner:
+            raise ConfigError(
+                f"spool {self.root} belongs to process {self._owner}, not to process {os.getpid()} forked from it",
+                "make the client in the process that records, and one of its own for each",
+            )
 
     def _recover(self) -> list[ClosedEpisode]:
         for leftover in self._closed_dir.glob("*.tmp"):
@@ -354,7 +374,8 @@ class Spool:
         log.unlink(missing_ok=True)
 
     def _journal(self, event: str, episode_id: str, reason: str) -> None:
-        line = {"event": event, "episode_id": episode_id, "reason": reason, "at": time.time()}
+        said = values.note({"reason": reason})[0]  # a driver's own words may be anything
+        line = {"event": event, "episode_id": episode_id, "reason": said.get("reason", "too long"), "at": time.time()}
         with (self.root / "journal.jsonl").open("a") as handle:
             handle.write(json.dumps(line) + "\n")
             handle.flush()

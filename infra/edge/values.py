@@ -15,6 +15,7 @@ import json
 import math
 import operator
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -26,6 +27,7 @@ from infra.errors import ConfigError
 MAX_TEXT = 4096  # characters of a name or a sentence
 MAX_EXTRA = 64 * 1024  # bytes of `extra` as JSON
 _MAX_DEPTH, _MAX_ITEMS, _MAX_KEY = 16, 4096, 200
+_MAX_VALUES = MAX_EXTRA // 2  # of an entry of `extra`: more do not fit, each takes two bytes
 _WIDEST = 2**63
 
 
@@ -33,14 +35,13 @@ def number(value: Any, name: str) -> float:
     """A finite float of an int, a float, a truth value, a numpy scalar, or anything that converts like a tensor.
 
     Raises:
-        ConfigError: a text, None, several values, not finite.
+        ConfigError: a text, None, several values, a complex or a masked one, not finite.
     """
-    if isinstance(value, str | bytes | bytearray) or value is None:
-        raise _refused(name, value, "a number")
     try:
-        if isinstance(value, np.ndarray):
-            value = value.item()
-        found = float(value)
+        single = _single(value)
+        if isinstance(single, np.complexfloating) or not (hasattr(single, "__float__") or hasattr(single, "__index__")):
+            raise TypeError("a text, bytes, a complex number")
+        found = float(single)
     except Exception as error:  # whatever a foreign type's conversion raises
         raise _refused(name, value, "a number") from error
     if not math.isfinite(found):
@@ -57,12 +58,19 @@ def whole(value: Any, name: str) -> int:
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError("a truth value")
-        found = operator.index(value.item() if isinstance(value, np.ndarray) else value)
+        found = operator.index(_single(value))
     except Exception as error:
         raise _refused(name, value, "a whole number") from error
     if not -_WIDEST <= found < _WIDEST:
         raise _refused(name, value, "a whole number of 64 bits")
     return found
+
+
+def _single(value: Any) -> Any:
+    """The one value of an array, anything else as it is; TypeError where it is masked."""
+    if np.ma.is_masked(value):
+        raise TypeError("a masked value")
+    return value.item() if isinstance(value, np.ndarray) else value
 
 
 def flag(value: Any, name: str) -> bool:
@@ -72,7 +80,8 @@ def flag(value: Any, name: str) -> bool:
         ConfigError: anything else.
     """
     try:
-        found = value.item() if hasattr(value, "item") else value
+        found = _single(value)
+        found = found.item() if hasattr(found, "item") else found
         if isinstance(found, bool | int | float) and found in (0, 1):
             return bool(found)
     except Exception as error:
@@ -108,13 +117,15 @@ def vector(value: Any, name: str, size: int | None = None) -> npt.NDArray[np.flo
         size: how many entries it has; any number without.
 
     Raises:
-        ConfigError: another shape, no numbers, or one that float32 cannot hold.
+        ConfigError: another shape, no numbers, masked ones, or one that float32 cannot hold.
     """
     try:
+        if np.ma.is_masked(value):
+            raise TypeError("masked entries")
         array = np.asarray(value)
         if array.dtype.kind not in "fiub" and array.size:
             raise TypeError(f"an array of {array.dtype}")
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             found = np.ascontiguousarray(array, dtype="<f4").reshape(array.shape)
     except Exception as error:
         raise _refused(name, value, "an array of numbers") from error
@@ -166,9 +177,10 @@ def note(extra: Any) -> tuple[dict[str, Any], dict[str, str]]:
         return {}, {"extra": f"cannot be listed ({type(error).__name__})"}
     for key, value in items:
         name = _key(key)
-        whys: list[str] = []
+        taking = _Taking()
+        whys = taking.whys
         try:
-            plain = _plain(value, whys, 0)
+            plain = _plain(value, taking, 0)
             size = len(json.dumps(plain, allow_nan=False))
         except Exception as error:  # a foreign object may raise anything
             plain, size = _described(value), 0
@@ -189,64 +201,83 @@ def note(extra: Any) -> tuple[dict[str, Any], dict[str, str]]:
     return taken, changed
 
 
-def _plain(value: Any, whys: list[str], depth: int) -> Any:
-    """A JSON value; what was replaced is added to `whys`."""
+class _Taking:
+    """One entry of a note while it is taken.
+
+    Attributes:
+        whys: what was replaced in it. left: values that it may still have.
+    """
+
+    def __init__(self) -> None:
+        self.whys: list[str] = []
+        self.left = _MAX_VALUES
+
+
+def _plain(value: Any, taking: _Taking, depth: int) -> Any:
+    """A JSON value; what was replaced is added to its `whys`."""
+    taking.left -= 1  # structures that share their parts can be far larger than they look
+    if taking.left < 0:
+        return _replaced("…", f"more than {_MAX_VALUES} values", taking)
     if value is None or isinstance(value, bool | np.bool_):
         return None if value is None else bool(value)
     if isinstance(value, enum.Enum):
-        return _plain(value.value, whys, depth)
+        return _plain(value.value, taking, depth)
     if isinstance(value, str):
-        return _plain_text(str.__str__(value), whys)
+        return _plain_text(str.__str__(value), taking)
     if isinstance(value, int | np.integer):
         found = int(value)
-        return found if -_WIDEST <= found < _WIDEST else _replaced(_digits(found), "an integer beyond 64 bits", whys)
+        return found if -_WIDEST <= found < _WIDEST else _replaced(_digits(found), "an integer beyond 64 bits", taking)
     if isinstance(value, float | np.floating):
         return (
-            float(value) if math.isfinite(float(value)) else _replaced(str(float(value)), "not a finite number", whys)
+            float(value) if math.isfinite(float(value)) else _replaced(str(float(value)), "not a finite number", taking)
         )
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if isinstance(value, os.PathLike):
-        return _plain_text(os.fsdecode(value), whys)
+        return _plain_text(os.fsdecode(value), taking)
     if isinstance(value, bytes | bytearray | memoryview):
+        if len(value) > MAX_EXTRA:
+            return _replaced(f"<{type(value).__name__} of {len(value)}>", f"more than {MAX_EXTRA} bytes", taking)
         return base64.b64encode(bytes(value)).decode()
     if depth >= _MAX_DEPTH:
-        return _replaced("…", f"nested more than {_MAX_DEPTH} deep", whys)
+        return _replaced("…", f"nested more than {_MAX_DEPTH} deep", taking)
     if isinstance(value, np.ndarray) and (value.dtype.kind not in "fiubU" or value.size > MAX_EXTRA):
-        return _replaced(f"<array of {value.dtype}, shape {value.shape}>", "an array that is no note", whys)
+        return _replaced(f"<array of {value.dtype}, shape {value.shape}>", "an array that is no note", taking)
     if isinstance(value, np.ndarray) or (hasattr(value, "tolist") and callable(value.tolist)):
-        return _plain(value.tolist(), whys, depth + 1)
+        if math.prod(getattr(value, "shape", ())) > MAX_EXTRA:
+            return _replaced(f"<{type(value).__name__} of shape {tuple(value.shape)}>", "too large for a note", taking)
+        return _plain(value.tolist(), taking, depth + 1)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {_key(key): _plain(one, whys, depth + 1) for key, one in _bounded(value.items(), whys)}
+        return {_key(key): _plain(one, taking, depth + 1) for key, one in _bounded(value.items(), taking)}
     if isinstance(value, Set):
-        return [_plain(one, whys, depth + 1) for one in sorted(_bounded(value, whys), key=repr)]
+        return sorted((_plain(one, taking, depth + 1) for one in _bounded(value, taking)), key=json.dumps)
     if isinstance(value, list | tuple):
-        return [_plain(one, whys, depth + 1) for one in _bounded(value, whys)]
+        return [_plain(one, taking, depth + 1) for one in _bounded(value, taking)]
     try:  # a 0-d tensor, a decimal, a fraction
-        return _plain(float(value), whys, depth)
+        return _plain(float(value), taking, depth)
     except Exception:
-        return _replaced(_described(value), f"a {type(value).__name__}, which JSON does not know", whys)
+        return _replaced(_described(value), f"a {type(value).__name__}, which JSON does not know", taking)
 
 
-def _bounded(values: Iterable[Any], whys: list[str]) -> list[Any]:
+def _bounded(values: Iterable[Any], taking: _Taking) -> list[Any]:
     found = [one for _, one in zip(range(MAX_EXTRA + 1), values, strict=False)]
     if len(found) > MAX_EXTRA:
-        whys.append(f"more than {MAX_EXTRA} entries; the others are left out")
+        taking.whys.append(f"more than {MAX_EXTRA} entries; the others are left out")
     return found[:MAX_EXTRA]
 
 
-def _plain_text(value: str, whys: list[str]) -> str:
+def _plain_text(value: str, taking: _Taking) -> str:
     if _encodes(value):
         return value
-    return _replaced(value.encode("utf-8", "backslashreplace").decode(), "a text that UTF-8 cannot hold", whys)
+    return _replaced(value.encode("utf-8", "backslashreplace").decode(), "a text that UTF-8 cannot hold", taking)
 
 
-def _replaced(substitute: str, why: str, whys: list[str]) -> str:
-    whys.append(why)
+def _replaced(substitute: str, why: str, taking: _Taking) -> str:
+    taking.whys.append(why)
     return substitute
 
 
@@ -268,10 +299,25 @@ def _encodes(value: str) -> bool:
     return True
 
 
+class _Short(reprlib.Repr):
+    """A text about a structure that is as short as it is quickly made, however often its parts are shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = self.maxlong = 80
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return f"<{type(x).__name__}>" if dataclasses.is_dataclass(x) else super().repr_instance(x, level)
+
+
+_SHORT = _Short()
+
+
 def _described(value: Any) -> str:
-    """A short text about any object, whatever its repr does."""
+    """A short text about any object, whatever its repr raises."""
     try:
-        shown = repr(value) if not isinstance(value, int) or isinstance(value, bool) else _digits(value)
+        shown = _SHORT.repr(value) if not isinstance(value, int) or isinstance(value, bool) else _digits(value)
     except Exception:
         shown = f"<{type(value).__name__}>"
     shown = shown.encode("utf-8", "backslashreplace").decode()

@@ -50,13 +50,14 @@ class Inference:
         self._thread.start()
 
     def ask(self, observation: Floats, instruction: str, noise: Floats) -> None:
-        """Begin an inference: (D,) observation, noise (H, A)."""
+        """Begin an inference: (D,) observation, noise (H, A). The policy gets copies, which it may write into."""
         assert not self.pending, "one inference at a time"
         self.pending = True
-        self._questions.put((observation, instruction, noise))
+        self._questions.put((observation.copy(), instruction, noise.copy()))
 
     def answer(self, timeout_s: float) -> tuple[Any] | None:
-        """The chunk, whatever the policy made of it, as the one entry; None if it is not there in `timeout_s` seconds.
+        """The chunk, whatever array the policy made of it, as the one entry; None if it is not there in `timeout_s`
+        seconds.
 
         Raises:
             PolicyFaultError: the inference raised.
@@ -86,6 +87,9 @@ class Inference:
             try:
                 with np.errstate(all="ignore"):  # what is not finite is found in the result
                     chunks = self.policy.act(observation[None], [instruction], noise[None])
-                self._answers.put(chunks[0])
+                    chunk = np.asanyarray(
+                        chunks[0]
+                    )  # here: of an answer that is computed only now, control has a deadline
+                self._answers.put(chunk)
             except BaseException as error:
                 self._answers.put(error)

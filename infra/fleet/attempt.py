@@ -110,7 +110,7 @@ class Attempt:
                 try:
                     action = planner.action(observation, env.instruction, position, self.patience)
                 except PolicyFaultError as error:
-                    fault, action = error, shield.hold("fault")
+                    fault, action = error, shield.hold("fault", position=position)
             after, reward, terminated, truncated, info = env.step(action)
             after = _sound(after)
             self.client.record(Frame(observation, action, reward, takeover is not None, at))
@@ -174,7 +174,7 @@ class _Planner:
                         f"inference took more than {self._deadline_s:.3g} s at {self._late} control steps",
                         "deploy a smaller policy, or a faster computer",
                     )
-                return self._shield.hold("late")
+                return self._shield.hold("late", position=position)
             self._chunk, self._cursor = self._shield.plan(found[0], shape[0]), 0
         age = (self._clock.now() - self._planned_at) / patience
         action = self._shield.apply(self._chunk[self._cursor], position=position, age_s=age)
@@ -187,7 +187,7 @@ class _Planner:
 
 def _sound(observation: Any) -> Floats:
     """The observation, if a policy may be asked with it: a sensor's fault is not the policy's."""
-    found = np.asarray(observation, np.float32)
+    found = np.array(observation, np.float32)  # a scene may fill the same array again
     if found.ndim != 1 or not np.isfinite(found).all():
         raise CorruptDataError(
             f"the observation {found.shape} is not one row of finite numbers", "look at the robot's sensors"

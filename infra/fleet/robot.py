@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from infra.edge.shield import Limits, PolicyFaultError, Shield
 from infra.edge.spool import Spool
 from infra.edge.watchdog import Inference
 from infra.errors import ConfigError, CorruptDataError, LwdError, StorageFullError, UnavailableError, summary
-from infra.files import write_durably
+from infra.files import read_capped, write_durably
 from infra.fleet.attempt import Attempt
 from infra.fleet.contact import Contact
 from infra.fleet.contact import say as _say
@@ -182,13 +183,17 @@ class Robot:
         """Between episodes: take the newest approved policy, tell the server that this robot lives."""
         had = self._inference is not None  # a first policy was not waited for
         self._contact.poll(waited_for=had, keep_refusal=bool(self._unusable))
-        staged = self.subscriber.staged
-        if staged is not None and self._load(staged):
+        while (staged := self.subscriber.staged) is not None:
+            if not self._load(staged):
+                self.subscriber.pass_over()
+                continue
             self.subscriber.activate_at_boundary()
-            self._unusable.clear()
-            self._contact.refusal = ""
+            if not self.subscriber.passed_over:
+                self._unusable.clear()
+                self._contact.refusal = ""
             if had:
                 self._contact.measure("publish_to_active_s", staged)
+            break
         self._follow(self.subscriber.active if self._contact.permitted() else None)
         self._contact.heartbeat(self._closed)
 
@@ -207,8 +212,9 @@ class Robot:
         """Make a verified policy the one that acts; False if it is not for this robot: what acted before goes on."""
         if candidate.bundle in self._unusable:
             return False
+        embodiment = self._embodiment()
         try:
-            policy = load_policy(candidate.bundle, version=candidate.version, embodiment=self._embodiment())
+            policy = load_policy(candidate.bundle, version=candidate.version, embodiment=embodiment)
         except Exception as error:
             known = error if isinstance(error, LwdError) else CorruptDataError(
                 f"policy {candidate.version} cannot be loaded ({summary(error)})", "export it again"
@@ -236,6 +242,7 @@ class Robot:
         key = self.config.tasks[number % len(self.config.tasks)]
         job = Job(key, _seed(self.config, number))
         try:
+            inference = self._free(inference)
             self._started += 1
             self._write_progress()  # before the attempt: a killed one is not repeated with the same seed
             ended = self._attempt.run(inference, job, self.config.execute, {"seed": job.seed, "number": number})
@@ -253,6 +260,13 @@ class Robot:
             self._reject(inference, ended.fault)
         else:
             self._contact.help = ""
+
+    def _free(self, inference: Inference) -> Inference:
+        """The policy's inference without a question of an attempt that is over: its answer would be the next one's."""
+        if not inference.forget():  # its thread is still busy with that
+            inference.close()
+            inference = self._inference = Inference(inference.policy)
+        return inference
 
     def _reject(self, inference: Inference, fault: PolicyFaultError) -> None:
         """The policy failed at work: never again on this robot; the one before it acts from the next boundary on."""
@@ -278,6 +292,24 @@ class Robot:
             raise error
         if full:
             raise StorageFullError(f"no space left for the robot ({problem})", "free disk space") from error
+        self._count(error, problem)
+        with contextlib.suppress(Exception):
+            self._attempt.env.close()
+        while not self._stop.is_set():
+            try:
+                self._attempt.env = self._make_env()
+                return
+            except Exception as failed:
+                self._count(
+                    failed, f"no new scene: {failed.problem if isinstance(failed, LwdError) else summary(failed)}"
+                )
+
+    def _count(self, error: Exception, problem: str) -> None:
+        """One failure more; a pause before the next try.
+
+        Raises:
+            UnavailableError: too many in a row.
+        """
         self._failures += 1
         self._contact.help = f"attempt failed: {problem}"
         _log.error("attempt failed", exc_info=error, extra={"fields": {"problem": problem, "in_a_row": self._failures}})
@@ -286,22 +318,16 @@ class Robot:
                 f"robot {self.config.robot_id}: {self._failures} attempts in a row failed, the last one: {problem}",
                 f"look at the traceback in its log, and at {self.client.spool.root / 'journal.jsonl'}",
             ) from error
-        if self._inference is not None and not self._inference.forget():  # its thread is still busy with the old one
-            self._inference.close()
-            self._inference = Inference(self._inference.policy)
         self._stop.wait(backoff(self._failures, self._settings.poll_s, 10.0))
-        with contextlib.suppress(Exception):
-            self._attempt.env.close()
-        self._attempt.env = self._make_env()
 
     def _read_progress(self) -> tuple[int, int]:
         path = self._home / "progress.json"
         if not path.exists():
             return 0, 0
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(read_capped(path, 2**12))
             return int(document["started"]), int(document["closed"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise ConfigError(f"{path} is not a robot's progress ({error})", "move it away to count from 0") from error
 
     def _write_progress(self) -> None:
@@ -318,6 +344,11 @@ def _limits(config: RobotConfig) -> Limits:
     if limits.action_dim != ACTION_DIM:
         raise ConfigError(
             f"the shield is of {limits.action_dim}-D actions, this robot of {ACTION_DIM}-D", "use its own contract"
+        )
+    if not math.isclose(limits.period_s, CONTROL_PERIOD):
+        raise ConfigError(
+            f"the shield is of a control period of {limits.period_s:g} s, this robot of {CONTROL_PERIOD:g} s",
+            "use its own contract",
         )
     return limits
 

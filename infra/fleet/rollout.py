@@ -211,7 +211,9 @@ def _replan(policy: ActionPolicy | None, runs: list[_Running]) -> None:
     noise = np.stack([run.rng.standard_normal((policy.horizon, ACTION_DIM), np.float32) for run in runs])
     try:
         with np.errstate(all="ignore"):  # what is not finite, the shield finds
-            chunks = policy.act(observations, [run.env.instruction for run in runs], noise)
+            chunks = policy.act(observations, [run.env.instruction for run in runs], noise.copy())
+            # Copies: a policy may fill the same array again before these are executed.
+            made = [np.array(chunk, np.float32) for chunk in chunks]
     except LwdError:
         raise
     except Exception as error:
@@ -221,8 +223,8 @@ def _replan(policy: ActionPolicy | None, runs: list[_Running]) -> None:
     shape = getattr(chunks, "shape", None)
     if shape != noise.shape:
         raise ConfigError(f"the policy gave actions {shape}, not {noise.shape}", "use a policy of this fleet")
-    for run, chunk in zip(runs, chunks, strict=True):
-        run.chunk, run.cursor = np.asarray(chunk, np.float32), 0
+    for run, chunk in zip(runs, made, strict=True):
+        run.chunk, run.cursor = chunk, 0
 
 
 def _step(run: _Running) -> Outcome | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import ConfigError, UntrustedPolicyError
-from infra.files import write_durably
+from infra.files import open_regular, read_capped, write_durably
 from infra.policy.keys import Signer, TrustStore, canonical_json
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -205,8 +205,8 @@ def read_signed_manifest(bundle: Path, trust: TrustStore) -> Manifest:
     """
     fix = "publish the policy again; it was not used"
     try:
-        data = _capped(bundle / MANIFEST, MAX_MANIFEST_BYTES)
-        signature = _capped(bundle / SIGNATURE, MAX_SIGNATURE_BYTES).decode("ascii")
+        data = read_capped(bundle / MANIFEST, MAX_MANIFEST_BYTES)
+        signature = read_capped(bundle / SIGNATURE, MAX_SIGNATURE_BYTES).decode("ascii")
     except (OSError, ValueError) as error:
         raise UntrustedPolicyError(f"{bundle} has no readable signed manifest ({error})", fix) from error
     manifest = Manifest.parse(data, f"{bundle.name}/{MANIFEST}")
@@ -255,15 +255,7 @@ def _verified(manifest: Manifest, bundle: Path, known_base: Path | None) -> Mani
     return manifest
 
 
-def _capped(path: Path, most: int) -> bytes:
-    with path.open("rb") as handle:
-        data = handle.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{path.name} has more than {most} bytes")
-    return data
-
-
 def file_sha256(path: Path) -> str:
     """sha256 of a file, streamed."""
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

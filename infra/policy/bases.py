@@ -8,6 +8,7 @@ stands in each bundle as a hard link to the one file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -103,12 +104,13 @@ class BaseCache:
         return path if entry.sha256 in self._checked and self._checked[entry.sha256] == _stamp(path) else None
 
     def prune(self, kept: Collection[str]) -> None:
-        """Remove every base but those of the digests `kept`; bundles keep their links."""
+        """Remove every base but those of the digests `kept`; bundles keep their links. What cannot be removed stays."""
         if not self._root.is_dir():
             return
         for path in self._root.iterdir():
             if path.stem not in kept or path.suffix != ".safetensors":
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _path(self, entry: BaseEntry) -> Path:
         return self._root / f"{entry.sha256}.safetensors"

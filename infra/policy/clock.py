@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from infra.files import write_durably
+from infra.files import read_capped, write_durably
 
 SKEW_MAX_S = 2 * 3600.0  # more than that a wall clock is not ahead, or it is said that it is wrong
 _KEEP_S = 30.0
+_MAX_BYTES = 2**12
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger("lwd.robot")
 
@@ -85,13 +86,13 @@ class DeploymentClock:
 
     def _load(self) -> None:
         try:
-            known = json.loads(self._path.read_bytes())
+            known = json.loads(read_capped(self._path, _MAX_BYTES))
             at, wall, uptime = (float(known[name]) for name in ("at", "wall", "uptime"))
             if not all(map(math.isfinite, (at, wall, uptime))):
                 raise ValueError("not finite")
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             _log.warning("%s is not a robot's clock (%s): the next signed statement sets it", self._path, error)
             return
         if known.get("boot") == self._boot and self._mark >= uptime:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from infra.files import write_durably
+from infra.files import read_capped, write_durably
 
 MAX_REASON = 300
 _MAX = 1000  # the oldest are forgotten beyond these
+_MAX_BYTES = 2**22
 _log = logging.getLogger("lwd.robot")
 
 
@@ -40,12 +41,12 @@ class Rejections:
         self._path = path
         self._entries: dict[str, Rejection] = {}
         try:
-            listed = json.loads(path.read_bytes())
+            listed = json.loads(read_capped(path, _MAX_BYTES))
             found = [Rejection(int(one["version"]), str(one["digest"]), str(one["reason"])) for one in listed]
             self._entries = {one.digest: one for one in found}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             _log.error("the list of rejected policies cannot be read: %s", error)
             try:
                 path.replace(path.with_name(path.name + ".damaged"))

@@ -7,6 +7,7 @@ bases/<sha256>.safetensors    what those bundles' weights complete
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Collection
@@ -16,6 +17,7 @@ from infra.errors import CorruptDataError, LwdError, StorageFullError, Untrusted
 from infra.files import write_durably
 from infra.policy.announcement import bundle_prefix
 from infra.policy.artifact import (
+    BASE,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_SIGNATURE_BYTES,
@@ -31,7 +33,7 @@ from infra.policy.state import PolicyRef
 
 KEPT = "the last policy that was good stays in use"
 _SPARE_BYTES = 2**15  # of the disk, which the state's file needs
-_Stamps = dict[str, tuple[int, int, int]]
+_Stamps = dict[str, tuple[int, int, int, int]]
 
 
 class Bundles:
@@ -47,7 +49,8 @@ class Bundles:
         self._trust = trust
         self._bases = BaseCache(root / "bases")
         self._verified: dict[PolicyRef, _Stamps] = {}  # what the files were when they verified
-        shutil.rmtree(self._aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(self._aside)
 
     def folder(self, ref: PolicyRef) -> Path:
         return self._root / "bundles" / ref.folder
@@ -77,13 +80,14 @@ class Bundles:
         """
         target = self.folder(ref)
         try:
-            if target.exists():
+            if target.is_dir():
                 try:
                     self.check(ref)
                     return
                 except UntrustedPolicyError:  # damaged on this disk: fetch it again
-                    shutil.rmtree(target)
-            shutil.rmtree(self._aside, ignore_errors=True)
+                    pass
+            _remove(target)
+            _remove(self._aside)
             self._aside.mkdir(parents=True)
             self._fetch(ref, source)
             self._check(self._aside, ref)
@@ -92,7 +96,8 @@ class Bundles:
         except OSError as error:
             raise on_disk(error, f"policy {ref.version} in {self._root}") from error
         finally:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(self._aside)
         self._verified[ref] = _stamps(target)
 
     def prune(self, kept: Collection[PolicyRef]) -> None:
@@ -149,6 +154,14 @@ def on_disk(error: OSError, what: str) -> LwdError:
     return LwdError(f"{what} cannot be written ({error.strerror or error})", "look at this robot's disk; " + KEPT)
 
 
+def _remove(path: Path) -> None:
+    """Whatever it is, and whether or not it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _write(source: ObjectSource, key: str, path: Path, most: int) -> None:
     """Fetch an object of at most so many bytes into a file."""
     if isinstance(source, StreamingSource):
@@ -188,4 +201,6 @@ def _stamps(folder: Path) -> _Stamps:
         found = {path.name: path.stat() for path in folder.iterdir()}
     except OSError:
         return {}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+    # A base's ctime changes with each link to it; nobody can set a file's to what it was.
+    ctimes = {name: 0 if name == BASE else stat.st_ctime_ns for name, stat in found.items()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns, ctimes[name]) for name, stat in found.items()}

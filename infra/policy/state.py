@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infra.files import write_durably
+from infra.files import read_capped, write_durably
 from infra.policy.artifact import COHORTS
 from infra.policy.keys import canonical_json
 
 _MAX_BYTES = 2**20
+_MOST = 2**63 - 1  # a number beyond could not be asked for, nor anything after it be heard
 _log = logging.getLogger("lwd.robot")
 
 
@@ -120,36 +121,31 @@ class StateFile:
     def _floors(self) -> dict[str, tuple[int, int]]:
         path = self._root / "floor.json"
         try:
-            found = json.loads(_bytes_of(path))
+            found = json.loads(read_capped(path, _MAX_BYTES))
             return {str(name): (_whole(epoch), _whole(seq)) for name, (epoch, seq) in found.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             _log.error("%s cannot be read (%s): it is begun anew", path, error)
+            _put_aside(path)
             return {}
 
     def _read(self, path: Path) -> State | None:
         try:
-            return _parse(json.loads(_bytes_of(path)))
+            return _parse(json.loads(read_capped(path, _MAX_BYTES)))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            aside = path.with_suffix(".damaged")
-            _log.error("%s is not a robot's state (%s): it is put aside as %s and the robot starts as a new one",
-                       path, error, aside.name)  # fmt: skip
-            try:
-                os.replace(path, aside)
-            except OSError as why:
-                _log.error("%s cannot be put aside (%s)", path, why.strerror)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            _log.error("%s is not a robot's state (%s): it is put aside and the robot starts as a new one", path, error)
+            _put_aside(path)
             return None
 
 
-def _bytes_of(path: Path) -> bytes:
-    with path.open("rb") as handle:
-        data = handle.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"more than {_MAX_BYTES} bytes")
-    return data
+def _put_aside(path: Path) -> None:
+    try:
+        os.replace(path, path.with_suffix(".damaged"))
+    except OSError as why:
+        _log.error("%s cannot be put aside (%s)", path, why.strerror)
 
 
 def _parse(document: dict[str, Any]) -> State:
@@ -178,6 +174,6 @@ def _ref(document: Mapping[str, Any]) -> PolicyRef:
 
 
 def _whole(value: object) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value <= _MOST:
         raise ValueError(f"{str(value)[:40]!r} is no count")
     return value

@@ -109,6 +109,7 @@ class PolicySubscriber:
         self._state = self._file.load(cohort)
         self._unkept: OSError | None = None  # why the state is not on the disk
         self._rejections = Rejections(self._root / "rejected.json")
+        self._passed: set[PolicyRef] = set()  # in this life: see `pass_over`
         self._begin()
 
     @property
@@ -183,6 +184,17 @@ class PolicySubscriber:
         """The policies that failed on this robot, oldest first."""
         return tuple(self._rejections)
 
+    @property
+    def passed_over(self) -> bool:
+        """Whether the policy that was announced last cannot be used here."""
+        return self._state.wanted in self._passed
+
+    def pass_over(self) -> None:
+        """Look on from the staged policy, which cannot be used here, to the next that is permitted; until the next
+        start of this robot."""
+        if (ref := self._target()) is not None and ref != self._state.active:
+            self._passed.add(ref)
+
     def reject(self, version: int, reason: str) -> ActivePolicy | None:
         """Run a policy never again: it failed on this robot. Returns the one that is active instead, if there is one.
 
@@ -204,7 +216,9 @@ class PolicySubscriber:
         """The policy to run now; None where none is permitted and here."""
         state = self._state
         for ref in (state.wanted, state.active, state.champion, state.previous):
-            if ref is not None and self._permitted(ref) and self._bundles.holds(ref):
+            if ref is None or ref in self._passed:
+                continue
+            if self._permitted(ref) and self._bundles.holds(ref):
                 return ref
         return None
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from flows.learner_health import GOOD, PENDING, Recovery
+from flows.online_learner import ROWS, _resumed_rows
 from flows.params import HealthParams
 from flows.stages.common import CHECKPOINT
 from infra.errors import DivergedError, LeaseLostError
+from lwd_model.checkpoint import previous, write_checkpoint
 from lwd_model.health import weights_problem
 from lwd_model.learner import Learner
 from lwd_model.ranks import Ranks
@@ -118,6 +122,60 @@ def test_falls_in_a_row_end_in_a_named_error(folder: Path) -> None:
         Recovery(left, folder, PARAMS).fall("again")
 
 
+def _torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _odd(path: Path) -> None:
+    write_checkpoint(path, {"another": "version"})
+    previous(path).unlink()
+
+
+def _wider(path: Path) -> None:
+    Learner(agent_config(width=48), normaliser(), accelerator="cpu").save(path)
+    previous(path).unlink()
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [_torn, _odd, _wider, _folder])
+def test_a_good_checkpoint_that_cannot_be_loaded_is_as_none(folder: Path, damage: Callable[[Path], None]) -> None:
+    learner = made()
+    update(learner)
+    learner.save(folder / GOOD)
+    update(learner)
+    damage(folder / GOOD)
+    Recovery(learner, folder, PARAMS).fall("a test")
+    assert learner.updates == 0 and learner.position["falls"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights(learner), weights(made()), strict=True))
+    made().load(folder / CHECKPOINT)
+
+
+def test_a_policy_whose_actions_are_not_finite_is_seen_before_it_is_published(folder: Path) -> None:
+    """A bit flipped in the EMA that robots run: no loss shows it, and every weight is finite."""
+    learner = made()
+    with torch.no_grad():
+        learner.agent.deployed.flat.mul_(1e30)
+    recovery = Recovery(learner, folder, PARAMS)
+    assert recovery.judge(update(learner)) is None and weights_problem(learner.agent.networks()) is None
+    assert "not finite" in str(recovery.judge_weights())
+    recovery.fall("the actions")
+    assert recovery.judge_weights() is None
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"update": 2, "divl', b"\xff\xfe", b"[]", b"3", b'{"update": 1e999}', b"[" * 99_999]
+)
+def test_a_torn_row_of_the_metrics_keeps_no_learner_from_starting(tmp_path: Path, torn: bytes) -> None:
+    rows = [b'{"update": 1, "a": 0.5}', torn, b'{"update": 3}', b'{"update": 4}', torn]
+    (tmp_path / ROWS).write_bytes(b"\n".join(rows))
+    _resumed_rows(SimpleNamespace(folder=tmp_path, updates=3))  # type: ignore[arg-type]
+    assert (tmp_path / ROWS).read_bytes() == b'{"update": 1, "a": 0.5}\n{"update": 3}\n'
+
+
 def test_a_fall_without_the_lease_writes_nothing(folder: Path) -> None:
     def lost() -> None:
         raise LeaseLostError("another learner holds it", "stop one")
@@ -145,3 +203,23 @@ def test_two_ranks_fall_together(folder: Path) -> None:
     assert (one[0], two[0]) == (None, None)
     assert "another rank" in one[1] and "divl/q is nan" in two[1]
     assert one[2:] == two[2:] and one[2] == 1
+
+
+def _one_cannot(ranks: Ranks, folder: Path, missing: bool) -> tuple[int, list[float]]:
+    import flows.learner_health as health
+
+    health.OFFLINE = folder / "offline"
+    learner = made(ranks)
+    update(learner)
+    own = folder / f"seen by {ranks.rank}"  # a file system that shows one machine what it does not show the other
+    learner.save(own / GOOD)
+    if ranks.rank == 1:
+        (own / GOOD).unlink() if missing else _torn(own / GOOD)
+    Recovery(learner, own, PARAMS).fall("a test")
+    return learner.updates, list(np.round(learner.rng.random(3), 12))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_two_ranks_go_back_to_the_same_checkpoint(folder: Path, missing: bool) -> None:
+    one, two = together(_one_cannot, 2, folder, missing)
+    assert one == two and one[0] == 0

@@ -19,7 +19,7 @@ from flows.learner_health import Recovery
 from flows.learner_lease import LearnerLease
 from flows.params import HealthParams
 from flows.stages.common import CHECKPOINT
-from infra.errors import LeaseLostError
+from infra.errors import DivergedError, LeaseLostError, UnavailableError
 from lwd_model.learner import Learner
 from tests.lwd_model.factory import agent_config, normaliser
 
@@ -118,3 +118,24 @@ def test_a_learner_hears_from_its_thread_that_it_lost_the_lease(home: Path) -> N
     first.release()
     second.prove()
     second.release()
+
+
+def test_what_ended_the_learner_is_told_also_where_the_lease_cannot_be_given_back(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = LearnerLease(open_plane(home).catalog, SECONDS)
+    lease.acquire(threading.Event())
+
+    def away() -> None:
+        raise UnavailableError("the catalog is away", "start it")
+
+    monkeypatch.setattr(lease._lease, "release", away)
+
+    def learn() -> None:
+        try:
+            raise DivergedError("a loss", "look")
+        finally:
+            lease.release()
+
+    with pytest.raises(DivergedError):
+        learn()

@@ -1,10 +1,12 @@
 import json
+import resource
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infra.errors import ConfigError, CorruptDataError
+from infra.errors import ConfigError, CorruptDataError, DivergedError, StorageFullError
 from lwd_model.agent import LWDAgent
 from lwd_model.bundle import export_bundle, import_bundle
 from tests.lwd_model.factory import agent_config, batch, generator, normaliser
@@ -52,3 +54,29 @@ def test_another_format_and_damage_are_named(bundle):
     (folder / "policy.safetensors").write_bytes((folder / "policy.safetensors").read_bytes()[:500])
     with pytest.raises(CorruptDataError, match="bundle"):
         import_bundle(folder)
+
+
+@pytest.mark.parametrize("tensor", ["head.weight", "state.weight"])
+def test_a_policy_that_robots_would_refuse_to_load_is_not_exported(bundle, tmp_path, tensor):
+    """Finite weights and no finite action, at the mean observation or only far from it."""
+    agent, _ = bundle
+    tensors = agent.deployed.named_tensors()
+    tensors[tensor] *= 1e38 / tensors[tensor].abs().max()
+    agent.deployed.load_named(tensors)
+    with pytest.raises(DivergedError, match="not finite"):
+        export_bundle(agent.deployed, agent.normaliser, agent.config.policy, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_disk_that_does_not_take_a_bundle_is_named(bundle, tmp_path):
+    agent, _ = bundle
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(StorageFullError, match=r"policy\.safetensors"):
+            export_bundle(agent.deployed, agent.normaliser, agent.config.policy, tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list((tmp_path / "full").iterdir()) == []

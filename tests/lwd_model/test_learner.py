@@ -1,3 +1,4 @@
+import errno
 import itertools
 import os
 import signal
@@ -154,6 +155,37 @@ def test_another_architecture_is_named_on_both_sides(tmp_path):
     scalar = Learner(agent_config(value_kind="expectile"), normaliser(), accelerator="cpu")
     with pytest.raises(ConfigError, match="value_kind='distributional'"):
         scalar.load(tmp_path / "learner.ckpt")
+
+
+ODD = {"architecture": "[1]", "agent": {}, "rng": "{}", "generator": None, "position": "3", "config": "[]", "seed": "x"}
+
+
+@pytest.mark.parametrize("name", [*ODD, "all"])
+def test_a_whole_checkpoint_of_another_version_is_named(tmp_path, name):
+    path, (learner, _) = tmp_path / "learner.ckpt", make()
+    learner.save(path)
+    write_checkpoint(path, {**read_checkpoint(path), name: ODD[name]} if name in ODD else [1])
+    previous(path).unlink()
+    with pytest.raises((CorruptDataError, ConfigError), match="learner.ckpt"):
+        Learner.resume(path, accelerator="cpu")
+    if name not in ("config", "seed"):  # a learner of its own
+        with pytest.raises((CorruptDataError, ConfigError), match="learner.ckpt"):
+            learner.load(path)
+
+
+def test_a_disk_that_does_not_take_a_checkpoint_keeps_the_one_before_and_its_room(tmp_path, monkeypatch):
+    path, (learner, sampler) = tmp_path / "learner.ckpt", make()
+    learner.save(path)
+    before = path.read_bytes()
+    learner.fit(sampler, 1)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        learner.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
 
 
 def test_checkpoints_hold_no_code(tmp_path):

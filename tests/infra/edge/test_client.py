@@ -16,7 +16,7 @@ from recording import record_episode
 from waiting import wait_until
 
 from infra.catalog.schema import outbox
-from infra.edge.client import EdgeClient
+from infra.edge.client import BATCH_EPISODES, EdgeClient
 from infra.edge.server import Upload
 from infra.edge.spool import Spool
 from infra.errors import ConflictError, CorruptDataError, LwdError, StorageFullError, UnavailableError
@@ -297,3 +297,28 @@ def test_a_file_that_no_spool_wrote_stops_nothing(client: EdgeClient, server: Se
     (client.spool.root / "closed" / "a.b.c.tar").write_bytes(b"x")
     record_episode(client)
     assert client.sync().sent == 1
+
+
+def test_a_conflict_that_cannot_be_set_aside_does_not_stop_the_others(client: EdgeClient, server: Server) -> None:
+    ids = [record_episode(client, steps=3 + i) for i in range(BATCH_EPISODES + 1)]
+
+    def conflict(episode_id: str) -> None:
+        if episode_id == ids[0]:
+            raise ConflictError("other bytes", "look")
+
+    server.before_submit = conflict
+    (client.spool.root / "aside").rmdir()
+    (client.spool.root / "aside").touch()
+    client.sync()
+    assert sorted(server.submitted) == sorted(ids[1:])
+
+
+def test_a_client_that_is_started_twice_sends_with_one_thread(client: EdgeClient) -> None:
+    client.start()
+    first = client._thread
+    client.start()
+    assert client._thread is first
+    client.stop()
+    client.start()
+    assert client._thread is not first
+    client.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from infra.edge.inference import Embodiment, load_policy
-from infra.errors import LwdError
+from infra.errors import ConfigError, LwdError
 
 D, A, H, WIDTH = 6, 2, 3, 8
 POLICY: dict[str, Any] = {"obs_dim": D, "action_dim": A, "horizon": H, "instructions": ["a", "b"], "width": WIDTH,
@@ -167,6 +168,32 @@ def test_a_huge_declared_header_is_refused_unread(tmp_path: Path, length: int) -
     (folder / "policy.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(LwdError, match="header"):
         load_policy(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"flow_steps": 1000, "blocks": 1024}, {"flow_steps": 1000, "width": 2**16}, {"blocks": 1024, "width": 2**13},
+     {"flow_steps": 1000, "horizon": 4096, "action_dim": 1024}],
+)  # fmt: skip
+def test_a_policy_that_takes_hours_for_an_action_is_refused_before_it_is_tried(
+    tmp_path: Path, change: dict[str, int]
+) -> None:
+    bundle(tmp_path)
+    document = json.loads((tmp_path / "architecture.json").read_text())
+    document["policy"] |= change
+    (tmp_path / "architecture.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="multiplications"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["architecture.json", "policy.safetensors"])
+def test_a_pipe_in_a_files_place_keeps_nobody_waiting(tmp_path: Path, name: str) -> None:
+    bundle(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(LwdError):
+        load_policy(tmp_path)
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0])

@@ -78,6 +78,61 @@ def test_the_position_stays_in_the_workspace(proposals: list[np.ndarray], relati
         assert (position >= np.array(box.low) - 1e-6).all() and (position <= np.array(box.high) + 1e-6).all()
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    proposals=st.lists(ORDINARY | st.just(np.full(A, np.nan)) | st.just("held"), min_size=5, max_size=60),
+    change=st.sampled_from([None, 0.05, 0.1, 0.7]), second=st.sampled_from([None, 0.03]), relative=st.booleans(),
+    hold=st.sampled_from(["zero", "repeat", (0.2, 0.0, 0.1)]), refuse=st.booleans(),
+)  # fmt: skip
+def test_the_workspace_and_the_change_hold_together(
+    proposals: list[Any], change: float | None, second: float | None, relative: bool, hold: Any, refuse: bool
+) -> None:
+    """Who may not stop at once brakes in time; a hold stays inside as well."""
+    box = Workspace((-0.3, -0.2, 0.0), (0.3, 0.2, 0.5), (0, 1, 2), (0.1, 0.1, 0.1), relative)
+    allowed = Limits(
+        (-2.0,) * A, (2.0,) * A, None if change is None else (change,) * A, None if second is None else (second,) * A,
+        hold, "refuse" if refuse else "clamp", box,
+    )  # fmt: skip
+    shield, position, before = Shield(allowed), np.array([0.0, 0.0, 0.25]), np.array([0.0, 0.0, 2.0])
+    shield.reset(np.zeros(A) if relative else before)
+    before = np.zeros(A) if relative else before
+    for proposed in [*proposals, *[np.full(A, 2.0)] * 40]:
+        if isinstance(proposed, str):
+            left = shield.hold("late", position=position).astype(np.float64)
+        else:
+            left = shield.apply(proposed, position=position).astype(np.float64)
+        position = position + 0.1 * left if relative else 0.1 * left
+        assert (position >= np.array(box.low) - 1e-9).all() and (position <= np.array(box.high) + 1e-9).all()
+        assert change is None or (np.abs(left - before) <= change).all()
+        before = left
+
+
+SIZES = [5e-324, 1e-310, 1e-30, 1.0, 1e30, 1e300, 1.7e308]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_size_of_a_limit_or_a_position_makes_an_action_of_what_is_no_number(data: st.DataObject) -> None:
+    size, signed = st.sampled_from(SIZES), st.sampled_from([*SIZES, *(-one for one in SIZES), 0.0, -0.0])
+    low, high = data.draw(size.map(lambda one: -one)), data.draw(size)
+    box = Workspace((data.draw(size) * -1,), (data.draw(size),), (0,), (data.draw(size),), data.draw(st.booleans()))
+    change, second = (data.draw(st.none() | size.map(lambda one: (one,))) for _ in range(2))
+    try:
+        allowed = Limits((low,), (high,), change, second, data.draw(st.sampled_from(["zero", "repeat"])),
+                         data.draw(st.sampled_from(["clamp", "refuse"])), box)  # fmt: skip
+    except ConfigError:
+        return
+    with np.errstate(all="raise"):
+        shield = Shield(allowed)
+    for _ in range(4):
+        proposed, position = data.draw(signed), data.draw(signed)
+        with np.errstate(all="raise"):
+            action = shield.apply([proposed], position=[position])
+            shield.hold("late", position=[position])
+            shield.plan([[proposed]], 1)
+        assert np.isfinite(action).all() and low <= float(action[0]) <= high
+
+
 def test_ordinary_actions_pass_unaltered_and_uncounted() -> None:
     shield = Shield(Limits.of(default_shield()))
     rng = np.random.default_rng(0)
@@ -96,6 +151,8 @@ def test_ordinary_actions_pass_unaltered_and_uncounted() -> None:
         (None, {}, "malformed"),
         (["a", "b", "c"], {}, "malformed"),
         ([0.5, 0, 0], {"age_s": 1.5}, "stale"),
+        ([0.5, 0, 0], {"age_s": None}, "stale"),
+        (np.ma.array([0.5, 0, 0], mask=[0, 1, 0]), {}, "non_finite"),
         ([3, 0, 0], {}, "off_limits"),
     ],
 )
@@ -111,6 +168,13 @@ def test_clamping_and_slowing_are_counted() -> None:
     shield = Shield(Limits((-1.0,) * A, (1.0,) * A, change=(0.5,) * A))
     assert shield.apply([2, -0.2, 0]).tolist() == [0.5, np.float32(-0.2), 0]
     assert shield.counts == {"clamped": 1, "slowed": 1}
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_rounding_is_no_event_and_ten_times_a_limit_is_one_whatever_its_unit(size: float) -> None:
+    shield = Shield(Limits((-size * 1.0000001,) * A, (size * 1.0000001,) * A, off_limits="refuse"))
+    assert shield.apply(np.full(A, size * 1.0000001, np.float32)).any() and not shield.counts
+    assert not shield.apply(np.full(A, 10 * size)).any() and shield.counts == {"off_limits": 1}
 
 
 def test_the_hold_of_absolute_positions_is_the_last_one() -> None:
@@ -161,6 +225,9 @@ GOOD: dict[str, Any] = {"action_dim": 2, "low": -1, "high": [1, 2]}
         ({"workspace": {"axes": [0], "low": 1, "high": 0, "scale": 1}}, "low < high"),
         ({"workspace": {"axes": [0], "low": 0, "high": 1, "scale": 0}}, "scale"),
         ({"workspace": {"axes": "xy", "low": 0, "high": 1, "scale": 1}}, "axes"),
+        ({"workspace": {"axes": [0, 0], "low": 0, "high": 1, "scale": 1}}, "axes"),
+        ({"workspace": {"axes": [0], "low": 2, "high": 3, "scale": 1, "relative": False}}, "workspace"),
+        ({"workspace": {"axes": [0], "low": 0.5, "high": 3, "scale": 1, "relative": False}}, "hold"),
     ],
 )  # fmt: skip
 def test_limits_that_cannot_be_kept_are_named(change: dict[str, Any], named: str) -> None:

@@ -240,3 +240,37 @@ def test_an_episode_that_is_confirmed_while_the_spool_is_listed_is_left_out(tmp_
     (tmp_path / "closed" / f"{'a' * 32}.{'b' * 64}.tar").symlink_to(tmp_path / "gone")  # listed, but not there any more
     assert spool.pending() == []
     spool.release()
+
+
+def test_a_spool_that_was_released_is_another_ones(tmp_path: Path) -> None:
+    """Given back twice, it closes no file of another's; nothing more is written into it."""
+    spool = Spool(tmp_path, max_bytes=2**20)
+    write(spool, 1)
+    spool.release()
+    with (tmp_path / "other").open("wb") as other:  # has the descriptor that the lock had
+        spool.release()
+        other.write(b"x")
+    second = Spool(tmp_path, max_bytes=2**20)
+    for use in (lambda: write(spool, 2), spool.pending, lambda: spool.close(end(1))):
+        with pytest.raises(ConfigError):
+            use()
+    second.release()
+
+
+def test_a_forked_process_does_not_write_into_its_parents_spool(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=2**20)
+    write(spool, 1)
+    before = (tmp_path / "open" / f"{1:032x}.log").read_bytes()
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for use in (lambda: spool.append(frame(3)), lambda: spool.close(end(10)), lambda: spool.discard("x"),
+                    spool.pending):  # fmt: skip
+            try:
+                use()
+            except ConfigError:
+                refused += 1
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+    assert (tmp_path / "open" / f"{1:032x}.log").read_bytes() == before
+    assert decode(spool.read(spool.close(end(10)))).steps == 10

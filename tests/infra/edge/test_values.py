@@ -306,3 +306,110 @@ def test_a_disk_that_fails_at_the_end_leaves_the_client_able_to_begin(
     begin(client)  # or left
     client.record(frame())
     assert close(client).steps == 1
+
+
+def shared(levels: int = 60) -> list[Any]:
+    """2**levels values, in a few lists."""
+    found: list[Any] = [0.0] * 2
+    for _ in range(levels):
+        found = [found, found]
+    return found
+
+
+@dataclasses.dataclass
+class Node:
+    """Of a scene graph in which all know all."""
+
+    near: list[Any]
+
+
+def graph(size: int = 30) -> Node:
+    nodes = [Node([]) for _ in range(size)]
+    for node in nodes:
+        node.near += nodes
+    return nodes[0]
+
+
+def wide_cycle() -> list[Any]:
+    found: list[Any] = []
+    found += [found] * 1000
+    return found
+
+
+class Camera:
+    """A frame on another device: to list it takes as long as it is large."""
+
+    shape = (3, 100_000, 100_000)
+
+    def tolist(self) -> list[Any]:
+        raise AssertionError("listed")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [shared, graph, wide_cycle, lambda: [[0] * 60_000] * 60_000, Camera,
+                                  lambda: tuple(shared()), lambda: {"a": shared()}, lambda: memoryview(bytes(2**24))],
+                         ids=str)  # fmt: skip
+def test_a_structure_larger_than_it_looks_keeps_nobody_waiting(client: EdgeClient, make: Any) -> None:
+    """As a note, as a note's key, in a note's place, and in the place of each number and text."""
+    begin(client)
+    client.record(Frame(np.zeros(3, np.float32), np.zeros(2, np.float32), 0.0, False, 0.0))
+    extra: dict[Any, Any] = {"x": make(), "kept": 1}
+    with contextlib.suppress(TypeError):  # not hashable
+        extra[make()] = 2
+    closed = client.close(np.zeros(3, np.float32), 1.0, "success", (1.0,), extra)
+    assert decode(client.spool.read(closed)).extra["kept"] == 1 and "x" in dict(closed.changed)
+    assert len(json.dumps(values.note(make())[0])) < 2**17
+    for take in (values.number, values.whole, values.flag, values.text):
+        with pytest.raises(ConfigError, match="speed"):
+            take(make(), "speed")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.complex64(1 + 2j), np.array(1 + 2j), np.array("3.5"), np.array(b"3"), b"3", memoryview(b"12"), np.ma.masked,
+     np.ma.array([1.0], mask=[True])],
+    ids=repr,
+)  # fmt: skip
+def test_what_only_looks_like_a_number_is_refused(value: Any) -> None:
+    for take in (values.number, values.whole, values.flag):
+        with pytest.raises(ConfigError, match="reward"):
+            take(value, "reward")
+
+
+def test_a_process_that_raises_at_an_underflow_records_all_the_same() -> None:
+    with np.errstate(all="raise"):
+        assert values.vector([1e-310, 1.0], "observation").tolist() == [0, 1]
+
+
+def test_a_masked_entry_is_no_measurement() -> None:
+    with pytest.raises(ConfigError, match="observation"):
+        values.vector(np.ma.array([1.0, 2.0], mask=[False, True]), "observation")
+    assert values.vector(np.ma.array([1.0, 2.0]), "observation").tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("given", [None, {"observation": [1.0]}, (1, 2), np.zeros(3), Bad(), object()])
+def test_a_frame_that_is_none_is_named_and_the_episode_goes_on(client: EdgeClient, given: Any) -> None:
+    begin(client)
+    with pytest.raises(ConfigError, match="frame"):
+        client.record(given)
+    client.record(Frame(np.zeros(3, np.float32), np.zeros(2, np.float32), 0.0, False, 0.0))
+    assert client.spool.recording is not None
+
+
+@pytest.mark.parametrize("given", ["", "x", 3, b"x", np.arange(2), [], Bad()])
+def test_an_episodes_id_that_is_none_is_named(client: EdgeClient, given: Any) -> None:
+    with pytest.raises(ConfigError, match="episode id"):
+        begin(client, episode_id=given)
+    begin(client)
+
+
+@pytest.mark.parametrize(
+    "reason", [object(), KeyError("x"), None, "\ud800", b"x", {"a": math.nan}, shared(), "x" * 2**20, Bad()]
+)
+def test_whatever_the_reason_is_an_attempt_can_be_discarded(client: EdgeClient, reason: Any) -> None:
+    begin(client)
+    client.discard(reason)
+    assert list((client.spool.root / "open").iterdir()) == []
+    line = json.loads((client.spool.root / "journal.jsonl").read_text())
+    assert line["event"] == "discarded" and len(str(line)) < 2**17
+    begin(client)

@@ -67,6 +67,38 @@ def test_whatever_an_inference_raises_is_the_policys_fault(error: BaseException)
     inference.close()
 
 
+def test_an_answer_that_is_computed_when_it_is_looked_at_has_the_deadline_too() -> None:
+    """As arrays of libraries that compute asynchronously."""
+    go, threads = threading.Event(), []
+
+    class Lazy:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            threads.append(threading.current_thread())
+            go.wait()
+            return np.ones((2, 3))
+
+    inference = asked(lambda: [Lazy()])
+    assert inference.answer(0.01) is None and inference.pending
+    go.set()
+    found = inference.answer(60)
+    assert found is not None and found[0].shape == (2, 3) and threading.current_thread() not in threads
+    inference.close()
+
+
+def test_a_policy_that_writes_into_what_it_is_given_changes_nothing_of_the_robots() -> None:
+    class Writing(Policy):
+        def act(self, observations: np.ndarray, instructions: Sequence[str], noise: np.ndarray) -> Any:
+            observations -= 1
+            noise *= 0
+            return np.ones((1, 2, 3))
+
+    observation, noise = np.full(3, 5, np.float32), np.ones((2, 3), np.float32)
+    inference = Inference(Writing(lambda: None))
+    inference.ask(observation, "go", noise)
+    assert inference.answer(60) is not None and (observation == 5).all() and (noise == 1).all()
+    inference.close()
+
+
 @pytest.mark.parametrize("answer", [None, 3, [], {}])
 def test_an_answer_that_is_no_batch_is_a_fault_or_for_the_shield(answer: Any) -> None:
     inference = asked(lambda: answer)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import Channel
 
@@ -568,6 +568,7 @@ def test_a_policy_that_a_robot_refused_is_neither_tried_nor_promoted(learning: F
         channel.registry.overrule_refusals(1, actor="ann", reason="")
 
 
+@settings(deadline=None)
 @given(
     told=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=400),
@@ -610,6 +611,7 @@ FIELDS = ("seq", "cohort", "version", "kind", "manifest_sha256", "created_at", "
 ODD = st.dictionaries(st.sampled_from(FIELDS), JSON | st.sampled_from(["learning", "publish", "current", "0" * 64]))
 
 
+@settings(deadline=None)
 @given(document=ODD | JSON)
 def test_a_document_is_an_announcement_a_permission_or_a_value_error(document: object) -> None:
     for kind in (Announcement, Permission, Reset, Permissions):
@@ -641,6 +643,7 @@ ERRORS = st.sampled_from([None, KeyError("x"), TypeError(), ValueError(), Recurs
                           UnicodeError(), AttributeError(), MemoryError(), IndexError()])  # fmt: skip
 
 
+@settings(deadline=None)
 @given(said=JSON | st.lists(ODD), permissions=JSON, error=ERRORS)
 def test_whatever_the_source_says_is_an_error_with_a_name(
     said: object, permissions: object, error: Exception | None, tmp_path_factory: pytest.TempPathFactory
@@ -657,6 +660,7 @@ def test_whatever_the_source_says_is_an_error_with_a_name(
     assert robot.activate_at_boundary() is None
 
 
+@settings(deadline=None)
 @given(
     fields=st.dictionaries(st.sampled_from([field for field in FIELDS if field in Announcement.__annotations__]), JSON)
 )

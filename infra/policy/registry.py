@@ -101,6 +101,14 @@ class Registry:
             rows = connection.execute(sa.select(schema.promotions).order_by(schema.promotions.c.id)).mappings()
             return [dict(row) for row in rows]
 
+    def require_promotable(self, version: int) -> None:
+        """Raise ConfigError where a policy could not be promoted whatever is shown of it.
+
+        There is no such policy, it was refused, also by a robot, or it is not newer than the champion.
+        """
+        with self._catalog.read() as connection:
+            self._promotable(connection, version)
+
     def register_candidate(self, version: int, *, proposer: str) -> None:
         """Put a published policy on trial: alias `canary`, announced to the canary cohort. Repeated, it does nothing.
 

@@ -366,7 +366,7 @@ class Registry:
             return
         if self._keys_dir is None:
             raise ConfigError("nobody is enrolled who may approve", "enrol a person: `lwd keys enrol-person NAME FILE`")
-        if approval.approver == proposer:
+        if approval.approver.casefold() == proposer.strip().casefold():
             raise ConfigError(f"{proposer} proposed policy {policy.version} and cannot approve it", "ask someone else")
         verify_approval(self._keys_dir, approval)
         wanted = Approval(

@@ -240,7 +240,8 @@ def run_round(plane: Deployment, params: Params, trial: Trial, episodes: int) ->
         if not missing:
             continue
         title = f"v{version} ({_role(trial, version)})"
-        ran = run_episodes(plane.bundle(version), missing, trial.seed, workers=params.workers, title=title)
+        with plane.evaluating(version) as bundle:
+            ran = run_episodes(bundle, missing, trial.seed, workers=params.workers, title=title)
         with plane.catalog.begin() as connection:
             for result in ran:
                 values = {

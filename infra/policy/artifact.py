@@ -263,6 +263,19 @@ def _capped(path: Path, most: int) -> bytes:
     return data
 
 
+def file_marks(bundle: Path) -> dict[str, tuple[int, ...]]:
+    """What tells whether a file of a bundle was written to or replaced since: by name, its inode, size and times.
+
+    A base's inode also changes when another policy is linked to it: of a base, the time of its bytes.
+    """
+    marks: dict[str, tuple[int, ...]] = {}
+    for path in sorted(bundle.glob("*")):
+        stat = path.stat()
+        at = stat.st_mtime_ns if path.name == BASE else stat.st_ctime_ns
+        marks[path.name] = (stat.st_ino, stat.st_size, at)
+    return marks
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file, streamed."""
     with path.open("rb") as handle:

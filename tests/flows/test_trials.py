@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "fleet"))
 from deployment import scene_bundle
 
+from data_contracts.shield import default_shield
 from flows import promotion, trials
 from flows.deployment import Deployment, deployment
 from flows.evaluation import conditions, evaluate, read_results, write_results
@@ -141,6 +142,42 @@ def test_cached_evaluations_never_decide(plane: Deployment, params: Params, rate
         under = conditions(plane.bundle(version), TASKS, params.evaluate.seed)
         write_results(evaluation_file(plane, version), won, under)
     assert judge(plane, params, 2).decision.verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("name", ["policy.safetensors", "architecture.json"])
+def test_bytes_that_change_after_they_were_verified_are_not_counted(
+    plane: Deployment, params: Params, monkeypatch: pytest.MonkeyPatch, name: str, restored: bool
+) -> None:
+    """A policy's file is replaced while its episodes run, and put back before they end."""
+    real = trials.run_episodes
+
+    def swapped(bundle: Path, *args: object, **options: object) -> list[EpisodeResult]:
+        kept = (bundle / name).read_bytes()
+        (bundle / name).write_bytes((plane.bundle(4) / name).read_bytes())
+        ran = real(bundle, *args, **options)  # type: ignore[arg-type]
+        if restored:
+            (bundle / name).write_bytes(kept)
+        return ran
+
+    trial = open_trial(plane, params, 2, load_gate())
+    monkeypatch.setattr(trials, "run_episodes", swapped)
+    with pytest.raises(UntrustedPolicyError, match="changed while they were evaluated"):
+        trials.run_round(plane, params, trial, 1)
+    assert rows(plane, schema.trial_episodes) == []
+    monkeypatch.setattr(trials, "run_episodes", real)
+    trials.run_round(plane, params, trial, 1)
+    assert len(rows(plane, schema.trial_episodes)) == 4
+
+
+def test_another_shield_is_another_condition(
+    plane: Deployment, params: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A contract with other limits on the actions: results under one are none under the other."""
+    before, under = open_trial(plane, params, 2, load_gate()), conditions(plane.bundle(2), TASKS, 0)
+    monkeypatch.setattr("flows.evaluation.default_shield", lambda: {**default_shield(), "low": -9.0, "high": 9.0})
+    assert conditions(plane.bundle(2), TASKS, 0) != under
+    assert open_trial(plane, params, 2, load_gate()).id != before.id
 
 
 def test_results_of_other_conditions_are_not_used(plane: Deployment, params: Params, tmp_path: Path) -> None:

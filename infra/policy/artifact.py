@@ -91,6 +91,14 @@ class Manifest:
         """sha256 of the canonical JSON: the identity of the artifact, to which approval is bound."""
         return hashlib.sha256(canonical_json(self.document())).hexdigest()
 
+    @property
+    def content(self) -> str:
+        """sha256 over the digests of all files and of the base: the same for one policy under two versions."""
+        files = {name: entry.sha256 for name, entry in self.files.items()}
+        return hashlib.sha256(
+            canonical_json({"files": files, "base": None if self.base is None else self.base.sha256})
+        ).hexdigest()
+
     @classmethod
     def parse(cls, data: bytes, name: str) -> Manifest:
         """Read a manifest.

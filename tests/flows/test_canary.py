@@ -40,6 +40,7 @@ from flows.gate import level_at, load_gate
 from flows.trials import reference_of, trial_at_work
 from infra.catalog import dialect, schema
 from infra.errors import ConfigError
+from infra.objects import UnreadableError
 from infra.policy.refusals import record_refusals
 
 
@@ -433,6 +434,26 @@ def test_episodes_that_the_contract_refused_count_as_harm(fleet: Fleet) -> None:
     fleet.run("c0", [True], steps=3)
     look = watcher.look()
     assert look is not None and look.answer is Answer.HARM and "refused by the contract" in look.decision.reasons[0]
+
+
+def test_a_refused_episode_that_the_store_cannot_read_does_not_end_the_watch(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged block under one quarantined object: harm is still seen, and the object is counted once it comes."""
+    plane, spec = fleet.plane, changed(**QUICK, hours={"max": 1000.0})
+    start(plane, spec, 2)
+    fleet.run("c0", [True], steps=3)
+    real, watcher = plane.objects.get, Watcher(plane, spec)
+
+    def damaged(key: str) -> bytes:
+        raise UnreadableError(f"{key} does not come whole", "upload it again")
+
+    monkeypatch.setattr(plane.objects, "get", damaged)
+    look = watcher.look()
+    assert look is not None and look.decision.evidence["safety"] == {"refused": 0}
+    monkeypatch.setattr(plane.objects, "get", real)
+    look = watcher.look()
+    assert look is not None and look.decision.evidence["safety"] == {"refused": 1}
 
 
 def test_a_success_with_help_is_none_and_learning_robots_do_not_count(fleet: Fleet) -> None:

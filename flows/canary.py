@@ -181,7 +181,7 @@ class Watcher:
             during = episodes_of(connection, trial)
             _, known = worked_before(connection, trial, spec.episodes.max)
             found = canary_robots(connection)
-            held = refused_of(connection, trial, found)
+            held = refused_of(connection, trial)
             unable = {robot: why for robot, why in refusals(connection, version).items() if robot in found}
         tasks = known if spec.baseline is None else sorted(spec.baseline.success)
         entered = trial_at_work(self._plane, version, tasks) if self._may_promote else None

@@ -45,6 +45,7 @@ from flows.trials import Trial as Entered
 from flows.trials import close_trial, open_trial_at_work, trial_at_work
 from infra.episode import decode
 from infra.errors import ConfigError, CorruptDataError
+from infra.objects import UnreadableError
 from infra.policy.refusals import refusals
 from infra.process import log_to, patiently, process_arguments, run_process
 from infra.telemetry import metrics
@@ -180,7 +181,7 @@ class Watcher:
             during = episodes_of(connection, trial)
             _, known = worked_before(connection, trial, spec.episodes.max)
             found = canary_robots(connection)
-            held = refused_of(connection, trial, found)
+            held = refused_of(connection, trial)
             unable = {robot: why for robot, why in refusals(connection, version).items() if robot in found}
         tasks = known if spec.baseline is None else sorted(spec.baseline.success)
         entered = trial_at_work(self._plane, version, tasks) if self._may_promote else None
@@ -245,7 +246,9 @@ class Watcher:
                     self._refused_by[number] = decode(self._plane.objects.get(key), name=key).policy_version
                 except CorruptDataError:  # the store's fault, not the policy's
                     self._refused_by[number] = None
-        return sum(self._refused_by[number] == version for number, _ in held)
+                except UnreadableError as error:  # as well, and perhaps over at the next look
+                    log.warning("%s", error.problem)
+        return sum(self._refused_by.get(number) == version for number, _ in held)
 
 
 def watch(

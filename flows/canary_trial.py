@@ -7,14 +7,15 @@ champion's those of production robots that say the champion's. What else says on
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
 from flows.canary_pairs import AtWork
 from infra.catalog import schema
+from infra.catalog.cohorts import cohorts, counts_for
 from infra.catalog.dialect import now
 from infra.snapshots import current
 
@@ -76,7 +77,7 @@ def episodes_of(connection: sa.Connection, trial: Trial) -> list[AtWork]:
     """Both policies' episodes since the trial began, in the order in which they came in."""
     member, episode = schema.snapshot_episodes, schema.episodes
     query = (
-        sa.select(member, episode.c.robot_id, episode.c.committed_at)
+        sa.select(member, episode.c.robot_id, episode.c.committed_at, episode.c.cohort)
         .join(episode, episode.c.episode_id == member.c.episode_id)
         .where(
             member.c.removed.is_(None), member.c.source == "online", member.c.added > trial.since,
@@ -84,8 +85,7 @@ def episodes_of(connection: sa.Connection, trial: Trial) -> list[AtWork]:
         )
         .order_by(member.c.added, episode.c.committed_at, member.c.episode_id)
     )  # fmt: skip
-    arms = {trial.version: canary_robots(connection), trial.champion: production_robots(connection)}
-    robots = {version: set(found) for version, found in arms.items()}
+    arms, cohort = {trial.version: "canary", trial.champion: "production"}, _cohort_at_commit(connection)
     return [
         AtWork(
             task=row.task,
@@ -96,27 +96,37 @@ def episodes_of(connection: sa.Connection, trial: Trial) -> list[AtWork]:
             safety=row.safety or {},
         )
         for row in connection.execute(query)
-        if row.robot_id in robots[row.policy_version]
+        if cohort(row) == arms[row.policy_version]
     ]
+
+
+def _cohort_at_commit(connection: sa.Connection) -> Callable[[Any], str]:
+    """The cohort that an episode's robot had when it was committed, of its row; today's where that was not known.
+
+    A robot that is moved to another cohort takes none of its episodes with it: what counted goes on to count.
+    """
+    today = {robot: counts_for(found) for robot, found in cohorts(connection).items()}
+    return lambda row: today.get(row.robot_id, "") if row.cohort is None else row.cohort
 
 
 def worked_before(connection: sa.Connection, trial: Trial, most: int) -> tuple[int, list[str]]:
     """How many of the champion's newest `most` episodes from before the trial there are, by production and canary
     robots, and the tasks of the production robots among them. No outcome of theirs is looked at."""
     member, episode, robot = schema.snapshot_episodes, schema.episodes, schema.robots
+    then = sa.func.coalesce(episode.c.cohort, robot.c.cohort)
     query = (
-        sa.select(member.c.task, episode.c.robot_id)
+        sa.select(member.c.task, episode.c.robot_id, episode.c.cohort)
         .join(episode, episode.c.episode_id == member.c.episode_id)
-        .join(robot, robot.c.robot_id == episode.c.robot_id)
+        .outerjoin(robot, robot.c.robot_id == episode.c.robot_id)
         .where(
-            member.c.removed.is_(None), member.c.source == "online", robot.c.cohort.in_(("canary", "production")),
+            member.c.removed.is_(None), member.c.source == "online", then.in_(("canary", "production")),
             member.c.policy_version == trial.champion, member.c.added > trial.before, member.c.added <= trial.since,
         )
         .order_by(member.c.added.desc(), member.c.episode_id.desc())
         .limit(most)
     )  # fmt: skip
-    rows, production = connection.execute(query).all(), set(production_robots(connection))
-    return len(rows), sorted({row.task for row in rows if row.robot_id in production})
+    rows, cohort = connection.execute(query).all(), _cohort_at_commit(connection)
+    return len(rows), sorted({row.task for row in rows if cohort(row) == "production"})
 
 
 def canary_robots(connection: sa.Connection) -> list[str]:
@@ -124,7 +134,7 @@ def canary_robots(connection: sa.Connection) -> list[str]:
 
     A robot that has tokens is where its valid ones say; with none that is valid it gets no policy.
     """
-    return sorted(robot for robot, found in _cohorts(connection).items() if "canary" in found)
+    return sorted(robot for robot, found in cohorts(connection).items() if "canary" in found)
 
 
 def production_robots(connection: sa.Connection, since: float | None = None) -> list[str]:
@@ -133,30 +143,24 @@ def production_robots(connection: sa.Connection, since: float | None = None) -> 
     Args:
         since: only those that were heard of since then, by the catalog's clock.
     """
-    found = {robot for robot, cohorts in _cohorts(connection).items() if cohorts == {"production"}}
+    found = {robot for robot, said in cohorts(connection).items() if said == {"production"}}
     if since is not None:
         seen = schema.robots
         found &= set(connection.execute(sa.select(seen.c.robot_id).where(seen.c.last_seen >= since)).scalars())
     return sorted(found)
 
 
-def _cohorts(connection: sa.Connection) -> dict[str, Collection[str]]:
-    """The cohorts of each robot."""
-    seen, tokens = schema.robots, schema.robot_tokens
-    enrolled: dict[str, set[str]] = defaultdict(set)
-    at = now(connection)
-    for row in connection.execute(sa.select(tokens)):
-        enrolled[row.robot_id] |= {row.cohort} if row.revoked_at is None and row.expires_at > at else set()
-    said = connection.execute(sa.select(seen.c.robot_id, seen.c.cohort))
-    return {row.robot_id: {row.cohort} for row in said} | enrolled
-
-
-def refused_of(connection: sa.Connection, trial: Trial, robots: Sequence[str]) -> list[tuple[int, str]]:
-    """(id, key) of what these robots brought since the trial began and the data contract refused."""
-    table = schema.quarantine
+def refused_of(connection: sa.Connection, trial: Trial) -> list[tuple[int, str]]:
+    """(id, key) of what canary robots brought since the trial began and the data contract refused."""
+    table, episode, cohort = schema.quarantine, schema.episodes, _cohort_at_commit(connection)
+    same = (episode.c.episode_id == table.c.episode_id) & (episode.c.sha256 == table.c.sha256)
     rows = connection.execute(
-        sa.select(table.c.id, table.c.key, table.c.reasons).where(
-            table.c.stage == "contract", table.c.robot_id.in_(robots), table.c.created_at >= trial.started_at
-        )
+        sa.select(table.c.id, table.c.key, table.c.reasons, table.c.robot_id, episode.c.cohort)
+        .outerjoin(episode, same)
+        .where(table.c.stage == "contract", table.c.created_at >= trial.started_at)
     )
-    return [(row.id, row.key) for row in rows if not {reason["rule"] for reason in row.reasons} & _CHECK_FAILED]
+    return [
+        (row.id, row.key)
+        for row in rows
+        if cohort(row) == "canary" and not {reason["rule"] for reason in row.reasons} & _CHECK_FAILED
+    ]

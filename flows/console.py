@@ -39,8 +39,13 @@ out = PlainConsole()  # answers
 def visible(text: str) -> str:
     """The text with its control characters, and those that reorder or hide others, written as escapes."""
     return "".join(
-        char if char in "\n\t" or unicodedata.category(char)[0] != "C" else ascii(char)[1:-1] for char in text
+        ascii(char)[1:-1] if char not in "\n\t" and _commands(unicodedata.category(char)) else char for char in text
     )
+
+
+def _commands(category: str) -> bool:
+    """Control characters, formats, surrogates and the like; separators of lines and of paragraphs."""
+    return category[0] == "C" or category in ("Zl", "Zp")
 
 
 def bold(text: object) -> Text:

@@ -96,8 +96,9 @@ def _started(folder: Path) -> float:
 
 
 def _gate(folder: Path, plane: Deployment, params: Params, candidate: int, name: str, against: str) -> None:
-    if plane.registry.alias("champion") == candidate:
-        return  # promoted before this run was stopped
+    status = next(row["status"] for row in plane.registry.policies() if row["version"] == candidate)
+    if status != "candidate" or candidate <= (plane.registry.alias("champion") or 0):
+        return  # decided before this run was stopped
     judgement = judge(plane, params, candidate)
     for reason in judgement.decision.reasons:
         say(f"  {reason}")

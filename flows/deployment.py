@@ -13,8 +13,10 @@ import sqlalchemy as sa
 from infra.catalog import Catalog, schema
 from infra.catalog.accounting import count_unaccounted
 from infra.episode import Episode, decode
+from infra.errors import UntrustedPolicyError
 from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
+from infra.policy.artifact import file_marks
 from infra.policy.channel import PolicyPublisher, fetch_bundle
 from infra.policy.keys import SIGNING, Signer, create_keys, load_signer, load_trusted
 from infra.policy.registry import Registry
@@ -38,6 +40,25 @@ class Deployment:
         """A published policy's files, fetched from the store for evaluation and verified as a robot does."""
         folder = self.settings.home / "policies" / f"{version:06d}"
         return fetch_bundle(self.objects, self.catalog, load_trusted(self.settings.keys_dir), version, folder)
+
+    @contextmanager
+    def evaluating(self, version: int) -> Iterator[Path]:
+        """`bundle`, and that its files stay those that were verified until this ends.
+
+        Raises:
+            UntrustedPolicyError: one was written to or replaced meanwhile, be it by the same bytes again.
+        """
+        folder, before = self.bundle(version), {}
+        for _ in range(3):  # it was fetched now, or another process fetched it as well
+            before, folder = file_marks(folder), self.bundle(version)
+            if file_marks(folder) == before:
+                break
+        yield folder
+        if file_marks(folder) != before:
+            raise UntrustedPolicyError(
+                f"the files of policy {version} in {folder} were changed while they were evaluated",
+                "keep others out of that folder and ask again; those episodes were not counted",
+            )
 
     def unaccounted(self) -> int:
         """Committed episodes that are neither in a snapshot nor in quarantine (invariant I1); 0 once all is settled."""

@@ -109,10 +109,20 @@ def load_gate(path: Path = DEFAULT_GATE) -> GateSpec:
     return read_spec(path, GateSpec, DEFAULT_GATE)
 
 
-def level_at(spec: GateSpec, position: int, promotions: int) -> float:
-    """The level of the trial that is number `position` of a deployment, from 1, after so many promotions (e-LOND)."""
-    share = position**-spec.stream.decay / float(zeta(spec.stream.decay))
-    return min(spec.alpha, spec.alpha * share * (promotions + 1))
+def share_at(spec: GateSpec, position: int) -> float:
+    """What the trial that is number `position` of a deployment, from 1, takes of the stream's alpha."""
+    return float(spec.alpha * position**-spec.stream.decay / zeta(spec.stream.decay))
+
+
+def level_at(spec: GateSpec, position: int, promotions: int, spent: float = 0.0) -> float:
+    """The level of the trial that is number `position` of a deployment, after so many promotions (e-LOND).
+
+    Args:
+        spent: the sum of the shares of the trials before it, which another file may have given them; together they
+            never take more than alpha. Without such a change there is always enough left.
+    """
+    share = min(share_at(spec, position), max(0.0, spec.alpha - spent))
+    return min(spec.alpha, share * (promotions + 1))
 
 
 def episodes_at(spec: GateSpec, level: float) -> EpisodesSpec:

@@ -14,7 +14,7 @@ from flows.evaluation import conditions, evaluate, read_results, write_results
 from flows.gate import Decision, GateSpec, Verdict, decide, episodes_at, load_gate
 from flows.params import Params
 from flows.stages.common import BUNDLE, EVALUATION, OFFLINE, SFT
-from flows.trials import ROUND, close_trial, open_trial, results, run_round
+from flows.trials import ROUND, Trial, close_trial, open_trial, results, run_round
 from infra.errors import ConfigError
 from infra.policy.approval import load_person_key
 from lwd_model.evaluation import EpisodeResult
@@ -112,10 +112,10 @@ def judge(plane: Deployment, params: Params, candidate: int, spec: GateSpec | No
     """Ask the gate about a candidate's trial, with more episodes while it says CONTINUE.
 
     The gate itself ends at its `episodes.max`, with FAIL; a lower `evaluate.gate_max` stops before, with CONTINUE, and
-    the next call goes on from there.
+    the next call goes on from there. An answer that was given stays.
 
     Raises:
-        ConfigError: there is no champion to compare with.
+        ConfigError: there is no champion to compare with, or the candidate is none that could be promoted.
     """
     trial = open_trial(plane, params, candidate, spec or load_gate())
     limit = episodes_at(trial.spec, trial.level).max
@@ -123,23 +123,32 @@ def judge(plane: Deployment, params: Params, candidate: int, spec: GateSpec | No
     say(f"gate: trial {trial.position} of this deployment, level {trial.level:.2g}")
     done = min((sum(r.task == task for r in results(plane, trial, candidate)) for task in params.tasks), default=0)
     while True:
-        run_round(plane, params, trial, done := max(done, ROUND))  # what is missing of it
-        reference = None if trial.reference == trial.champion else results(plane, trial, trial.reference)
-        decision = decide(
-            trial.spec,
-            results(plane, trial, candidate),
-            results(plane, trial, trial.champion),
-            level=trial.level,
-            reference=reference,
-        )
+        if not trial.verdict:
+            run_round(plane, params, trial, done := max(done, ROUND))  # what is missing of it
+        decision = _decide(plane, trial)
         say(f"gate: v{candidate} against v{trial.champion}, {done} episodes a task: ", bold(decision.verdict))
-        if decision.verdict is not Verdict.CONTINUE or done >= limit:
+        if trial.verdict or decision.verdict is not Verdict.CONTINUE or done >= limit:
             break
         done = min(done + ROUND, limit)
-    if decision.verdict is not Verdict.CONTINUE:
-        close_trial(plane, trial, str(decision.verdict))
+    answer = trial.verdict
+    if not answer and decision.verdict is not Verdict.CONTINUE:
+        answer = close_trial(plane, trial, str(decision.verdict))
+    if answer and answer != decision.verdict:  # another process was first, with the episodes that there were then
+        said = f"trial {trial.position} was answered before: {answer}"
+        decision = replace(decision, verdict=Verdict(answer), reasons=(said, *decision.reasons))
     stream = {"trial": trial.id, "position": trial.position, "seed": trial.seed, "reference": trial.reference}
     return Judgement(candidate, trial.champion, replace(decision, evidence=decision.evidence | {"stream": stream}))
+
+
+def _decide(plane: Deployment, trial: Trial) -> Decision:
+    """The gate's answer to the episodes so far."""
+    return decide(
+        trial.spec,
+        results(plane, trial, trial.candidate),
+        results(plane, trial, trial.champion),
+        level=trial.level,
+        reference=None if trial.reference == trial.champion else results(plane, trial, trial.reference),
+    )
 
 
 def act_on(plane: Deployment, judgement: Judgement, *, proposer: str = "gate") -> dict[str, Any] | None:

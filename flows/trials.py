@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import sqlalchemy as sa
 
 from flows.deployment import Deployment
 from flows.evaluation import run_episodes, world
-from flows.gate import GateSpec, level_at
+from flows.gate import GateSpec, level_at, share_at
 from flows.params import Params
 from infra.catalog import schema
 from infra.catalog.dialect import insert_if_absent, now
@@ -100,9 +101,14 @@ def _champion(plane: Deployment) -> int:
 def open_trial(plane: Deployment, params: Params, candidate: int, spec: GateSpec) -> Trial:
     """The trial of a candidate against today's champion and reference: the one under way, or a new one.
 
+    A candidate that failed a trial gets no other: that one is returned.
+
     Raises:
-        ConfigError: there is no champion, or no such candidate.
+        ConfigError: there is no champion, or the candidate is none that could be promoted.
     """
+    plane.registry.require_promotable(candidate)
+    if (failed := _failed(plane, candidate)) is not None:
+        return failed
     champion, reference = _champion(plane), reference_of(plane)
     said = _digests(plane, candidate, champion, reference) | world(params.tasks)
     return _enter(plane, "gate", (candidate, champion, reference), said, spec)
@@ -119,8 +125,9 @@ def open_trial_at_work(plane: Deployment, candidate: int, tasks: Sequence[str], 
         spec: the gate's stream, with the canary's numbers of episodes.
 
     Raises:
-        ConfigError: there is no champion, or no such candidate.
+        ConfigError: there is no champion, or the candidate is none that could be promoted.
     """
+    plane.registry.require_promotable(candidate)
     arms, said = _at_work(plane, candidate, tasks)
     return None if arms is None else _enter(plane, "canary", arms, said, spec)
 
@@ -136,6 +143,15 @@ def trial_at_work(plane: Deployment, candidate: int, tasks: Sequence[str]) -> Tr
         return None
     with plane.catalog.read() as connection:
         row = connection.execute(_row_of("canary", arms, said)).first()
+    return None if row is None else _trial(row)
+
+
+def _failed(plane: Deployment, candidate: int) -> Trial | None:
+    """The gate's trial that this candidate failed, where a process ended before the refusal was written."""
+    table = schema.trials
+    query = sa.select(table).where(table.c.kind == "gate", table.c.candidate == candidate, table.c.verdict == "FAIL")
+    with plane.catalog.read() as connection:
+        row = connection.execute(query.order_by(table.c.id).limit(1)).first()
     return None if row is None else _trial(row)
 
 
@@ -163,7 +179,12 @@ def _enter(plane: Deployment, kind: Kind, arms: tuple[int, int, int], said: dict
         if row is None:
             last = connection.execute(sa.select(sa.func.max(table.c.position))).scalar() or 0
             found = connection.execute(sa.select(sa.func.count()).select_from(_discoveries().subquery())).scalar_one()
-            level = level_at(spec, last + 1, found)
+            level = level_at(spec, last + 1, found, _spent(connection))
+            if level <= 0:
+                raise ConfigError(
+                    f"the trials before took more than the alpha of {spec.alpha:g} that this gate's file allows",
+                    "go on with the stream (alpha, decay) of the file that those trials had",
+                )
             values = {
                 "kind": kind, "candidate": candidate, "champion": champion, "reference": reference,
                 "conditions_sha256": _digest(said), "conditions": said, "spec": spec.model_dump(),
@@ -183,6 +204,12 @@ def _discoveries() -> sa.Select[Any]:
     return sa.select(schema.trials.c.candidate).where(
         schema.trials.c.verdict == "PASS", schema.trials.c.candidate.in_(promoted)
     )
+
+
+def _spent(connection: sa.Connection) -> float:
+    """What the trials so far took of alpha, each by the file that held when it began."""
+    rows = connection.execute(sa.select(schema.trials.c.spec, schema.trials.c.position))
+    return math.fsum(share_at(GateSpec.model_validate(row.spec), row.position) for row in rows)
 
 
 def _row_of(kind: Kind, arms: tuple[int, int, int], said: dict[str, Any]) -> sa.Select[Any]:
@@ -223,7 +250,8 @@ def run_round(plane: Deployment, params: Params, trial: Trial, episodes: int) ->
         if not missing:
             continue
         title = f"v{version} ({_role(trial, version)})"
-        ran = run_episodes(plane.bundle(version), missing, trial.seed, workers=params.workers, title=title)
+        with plane.evaluating(version) as bundle:
+            ran = run_episodes(bundle, missing, trial.seed, workers=params.workers, title=title)
         with plane.catalog.begin() as connection:
             for result in ran:
                 values = {
@@ -233,11 +261,12 @@ def run_round(plane: Deployment, params: Params, trial: Trial, episodes: int) ->
                 insert_if_absent(connection, schema.trial_episodes, values)
 
 
-def close_trial(plane: Deployment, trial: Trial, verdict: str) -> None:
-    """Record the answer, once."""
+def close_trial(plane: Deployment, trial: Trial, verdict: str) -> str:
+    """Record the answer, once; the one that stands."""
     table = schema.trials
     with plane.catalog.begin() as connection:
         connection.execute(table.update().where(table.c.id == trial.id, table.c.verdict == "").values(verdict=verdict))
+        return str(connection.execute(sa.select(table.c.verdict).where(table.c.id == trial.id)).scalar_one())
 
 
 def _role(trial: Trial, version: int) -> str:

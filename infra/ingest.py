@@ -16,7 +16,8 @@ import sqlalchemy as sa
 
 from infra.catalog import Catalog, dialect
 from infra.catalog.accounting import Standing, standings
-from infra.catalog.schema import episodes, quarantine
+from infra.catalog.cohorts import cohort_now
+from infra.catalog.schema import episodes, outbox, quarantine
 from infra.crashpoints import crashpoint
 from infra.episode import SCHEMA_VERSION
 from infra.errors import ConfigError, ConflictError, CorruptDataError, LwdError, named
@@ -214,7 +215,7 @@ class Ingest:
                     "release only what the coordinator refused; collect anew what was in a snapshot or in conflict",
                 )
             _clear(connection, episode_id, sha256)
-            row = {name: value for name, value in episode._mapping.items() if not name.endswith("_at")}
+            row = {name: value for name, value in episode._mapping.items() if name in outbox.c}
             announce(connection, **row)
 
     def _accept(self, claim: Claim, incoming: str) -> LwdError | None:
@@ -235,7 +236,8 @@ class Ingest:
         at = dialect.now(connection)
         row = claim.row()
         produced = at if claim.produced_at is None else claim.produced_at
-        new = dialect.insert_if_absent(connection, episodes, {**row, "produced_at": produced, "committed_at": at})
+        told = {"produced_at": produced, "committed_at": at, "cohort": cohort_now(connection, claim.robot_id)}
+        new = dialect.insert_if_absent(connection, episodes, row | told)
         crashpoint("ingest.episode_inserted")
         conflict = None if new else self._known(connection, row)
         if new or (conflict is None and _wanted_again(connection, claim.episode_id, claim.sha256)):

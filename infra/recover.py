@@ -86,7 +86,7 @@ def recover(catalog: Catalog, objects: ObjectStore, *, actor: str = "operator") 
 
 def _announce_forgotten(connection: sa.Connection) -> None:
     announced = sa.exists().where(outbox.c.episode_id == episodes.c.episode_id)
-    columns = [column for column in episodes.c if not column.name.endswith("_at")]
+    columns = [column for column in episodes.c if column.name in outbox.c]
     for row in connection.execute(sa.select(*columns).where(~announced)).all():
         announce(connection, **row._mapping)
 

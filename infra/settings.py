@@ -28,7 +28,14 @@ from infra.yaml_file import read_yaml
 
 MIB = 2**20
 SETTINGS_FILE = "settings.yaml"  # in the home
-PROTECTED = ("approval",)
+PROTECTED = (
+    "approval",
+    "influence_max",
+    "influence_robots",
+    "permit_canary_s",
+    "permit_learning_s",
+    "permit_champion_s",
+)
 """Settings that only the home's file may give another value than the file's own."""
 
 
@@ -227,7 +234,11 @@ def _require_protected(settings: Settings) -> None:
         if name not in said or given is None:
             continue
         kind: TypeAdapter[object] = TypeAdapter(Settings.model_fields[name].annotation)  # type: ignore[arg-type]
-        if kind.validate_python(given) != getattr(settings, name):
+        try:
+            agrees = kind.validate_python(given) == getattr(settings, name)
+        except ValidationError:
+            agrees = False
+        if not agrees:
             raise ConfigError(
                 f"{PREFIX}{name.upper()} contradicts {settings.home / SETTINGS_FILE}, which decides this for everybody",
                 f"unset {PREFIX}{name.upper()}; who may change the deployment changes its file",

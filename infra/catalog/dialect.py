@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from infra.errors import ConfigError, CorruptDataError, LwdError, StorageFullError, UnavailableError
+from infra.errors import ConfigError, CorruptDataError, LwdError, StorageFullError, UnavailableError, shown
 
 BUSY_S = 30.0
 _WRITERS_LOCK = 0x4C574421  # any constant: the advisory lock that serialises writers on PostgreSQL
@@ -27,7 +27,9 @@ _PATIENCE = {
     "tcp_user_timeout": int(BUSY_S * 1000),
 }
 _NO_TABLE = ("42P01", "42703")  # undefined table, undefined column
-_DAMAGED = re.compile(r"file is not a database|database disk image is malformed|malformed database schema")
+_DAMAGED = re.compile(
+    r"file is not a database|database disk image is malformed|malformed database schema|Could not decode to UTF-8"
+)
 _DAMAGED_STATES = ("XX001", "XX002")  # data corrupted, index corrupted
 _REFUSED = ("28000", "28P01", "3D000")  # no such role, wrong password, no such database
 _REFUSED_TEXT = re.compile(r"password authentication failed|no password supplied|(role|database) \".*\" does not exist")
@@ -188,6 +190,16 @@ def remove_append_only_ddl(dialect: str, table: str) -> Sequence[str]:
     return (f"DROP FUNCTION {table}_append_only()",) if dialect == "postgresql" else ()
 
 
+def damaged(url: sa.URL, text: str) -> CorruptDataError:
+    """The error for a catalog whose file holds what no catalog holds."""
+    where = url.database if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
+    return CorruptDataError(
+        f"catalog {where}: {text}; its file is damaged",
+        "stop everything, keep the damaged files, restore the catalog from its backup or begin with none, then "
+        "`lwd data recover` brings back what the store has",
+    )
+
+
 def explain(error: sa.exc.DBAPIError, url: sa.URL) -> LwdError | None:
     """The actionable error behind a driver's, or None where it is a mistake in the code."""
     where = url.database if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
@@ -196,11 +208,7 @@ def explain(error: sa.exc.DBAPIError, url: sa.URL) -> LwdError | None:
     if state in _NO_TABLE:
         return ConfigError(f"catalog {where}: {text}", "create or upgrade it with `lwd migrate`")
     if _DAMAGED.search(text) or state in _DAMAGED_STATES:
-        return CorruptDataError(
-            f"catalog {where}: {text}; its file is damaged",
-            "stop everything, keep the damaged files, restore the catalog from its backup or begin with none, then "
-            "`lwd data recover` brings back what the store has",
-        )
+        return damaged(url, shown(text))
     if not isinstance(error, sa.exc.OperationalError) and not error.connection_invalidated:
         return None
     full = "disk is full" in text or state == "53100"

@@ -46,6 +46,7 @@ episodes = Table(
     Column("trace_id", String(64), nullable=False),
     Column("produced_at", Double, nullable=False),  # the robot's clock, when its spool closed the episode
     Column("committed_at", Double, nullable=False, index=True),  # the catalog's clock
+    Column("cohort", String(32)),  # the robot's when it was committed; '' of none, null where that was not known
     Index(None, "robot_id", "committed_at"),
 )
 

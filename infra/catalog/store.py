@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,11 +127,22 @@ class Catalog:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeDecodeError as error:
+            if not _of_the_driver(error):
+                raise
+            # SQLite's own message about a damaged schema, which quotes it.
+            raise dialect.damaged(self.engine.url, "its schema is no text") from error
         except sa.exc.DBAPIError as error:
             explained = dialect.explain(error, self.engine.url)
             if explained is None:
                 raise
             raise explained from error
+
+
+def _of_the_driver(error: BaseException) -> bool:
+    """Whether it came up in the database's driver, and not in the code that uses the transaction."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith(("sqlalchemy.", "sqlite3", dialect.__name__))
 
 
 def _revision(connection: sa.Connection) -> str | None:

@@ -2,6 +2,7 @@
 
     keys/people/<name>.pub     the public keys of those who may approve, enrolled by whoever administers the deployment
 
+A key is one person's: enrolled under two names, or one that the deployment itself signs with, it approves nothing.
 An approval names the artifact, the evidence and the champion that it was compared with. It is of no use for other
 bytes, for other evidence, or once there is another champion. Private keys of people are never in the home.
 """
@@ -16,11 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from infra.errors import ConfigError, UntrustedPolicyError
 from infra.files import write_durably
-from infra.policy.keys import Signer, canonical_json, check_signature, key_id, read_private, read_public, write_public
+from infra.policy.keys import (
+    NEXT,
+    SIGNING,
+    Signer,
+    canonical_json,
+    check_signature,
+    key_at,
+    key_id,
+    read_private,
+    read_public,
+    trusted_ids,
+    write_public,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -63,9 +76,12 @@ def enrol_person(keys_dir: Path, name: str, public_key: Path) -> str:
     """Let a person approve, with the public key in a file; the key's id.
 
     Raises:
-        ConfigError: the name is malformed or has another key already, or the file holds no public key.
+        ConfigError: the name is malformed or has another key already, the file holds no public key, or the key is
+            somebody else's or the deployment's own.
     """
     path, public = _path(keys_dir, name), read_public(public_key)
+    if owner := _another_owner(keys_dir, name, public):
+        raise ConfigError(f"the key in {public_key} is {owner}", f"enrol a key that only {name} holds")
     if path.exists() and key_id(read_public(path)) != key_id(public):
         raise ConfigError(f"{name} is enrolled with another key", f"remove {path} first, if that key is lost")
     write_public(path, public)
@@ -104,7 +120,8 @@ def verify_approval(keys_dir: Path, approval: Approval) -> None:
     """Check that an enrolled person signed this.
 
     Raises:
-        UntrustedPolicyError: the approver is not enrolled, or the signature is not theirs over this.
+        UntrustedPolicyError: the approver is not enrolled, the key is not theirs alone, or the signature is not theirs
+            over this.
     """
     name = f"{approval.approver[:64]!r}'s approval of policy {approval.version}"
     try:
@@ -116,7 +133,26 @@ def verify_approval(keys_dir: Path, approval: Approval) -> None:
     identity, _, encoded = approval.signature.partition(":")
     if identity != key_id(public):
         raise UntrustedPolicyError(f"{name} is signed by the key {identity[:16]!r}", "sign it with the enrolled key")
+    if owner := _another_owner(keys_dir, approval.approver, public):
+        raise UntrustedPolicyError(f"{name} is signed by a key that is {owner}", "enrol a key that one person holds")
     check_signature(public, approval.statement(), encoded, name)
+
+
+def _another_owner(keys_dir: Path, name: str, public: Ed25519PublicKey) -> str:
+    """Whose the key is besides `name`'s; empty where it is nobody else's."""
+    identity = key_id(public)
+    own = [key_at(keys_dir / file) for file in (*SIGNING.values(), *NEXT.values())]
+    if identity in trusted_ids(keys_dir) or identity in own:
+        return "the deployment's own"
+    for path in sorted((keys_dir / "people").glob("*.pub")):
+        if path.stem == name:
+            continue
+        try:
+            if key_id(read_public(path)) == identity:
+                return f"also {path.stem}'s"
+        except ConfigError:  # a file that is no key is nobody's
+            continue
+    return ""
 
 
 def _path(keys_dir: Path, name: str) -> Path:

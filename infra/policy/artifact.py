@@ -91,6 +91,14 @@ class Manifest:
         """sha256 of the canonical JSON: the identity of the artifact, to which approval is bound."""
         return hashlib.sha256(canonical_json(self.document())).hexdigest()
 
+    @property
+    def content(self) -> str:
+        """sha256 over the digests of all files and of the base: the same for one policy under two versions."""
+        files = {name: entry.sha256 for name, entry in self.files.items()}
+        return hashlib.sha256(
+            canonical_json({"files": files, "base": None if self.base is None else self.base.sha256})
+        ).hexdigest()
+
     @classmethod
     def parse(cls, data: bytes, name: str) -> Manifest:
         """Read a manifest.
@@ -253,6 +261,19 @@ def _verified(manifest: Manifest, bundle: Path, known_base: Path | None) -> Mani
         if needed not in manifest.files:
             raise UntrustedPolicyError(f"policy {manifest.version} lacks {needed}", fix)
     return manifest
+
+
+def file_marks(bundle: Path) -> dict[str, tuple[int, ...]]:
+    """What tells whether a file of a bundle was written to or replaced since: by name, its inode, size and times.
+
+    Empty where there is no folder. A base's ctime is left out: it changes with each policy that is linked to it.
+    """
+    try:
+        found = {path.name: path.stat() for path in bundle.iterdir()}
+    except OSError:
+        return {}
+    ctimes = {name: 0 if name == BASE else stat.st_ctime_ns for name, stat in found.items()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns, ctimes[name]) for name, stat in found.items()}
 
 
 def file_sha256(path: Path) -> str:

@@ -38,6 +38,7 @@ from infra.policy.keys import Signer, TrustStore
 from infra.policy.permission import Permissions, Validity
 from infra.policy.permit import current_epoch, permissions_of, permit
 
+CONTENT = "content_sha256"  # in a policy's details: what tells the same bytes under another version
 _TRIES = 20
 _PAGE = 10_000  # announcements in one look
 _USUAL = 2**31  # a number beyond is one that was signed in error
@@ -193,7 +194,7 @@ class PolicyPublisher:
                     manifest_sha256=manifest.digest,
                     status="candidate",
                     proposer=proposer,
-                    details=details or {},
+                    details=(details or {}) | {CONTENT: manifest.content},
                     created_at=now(connection),
                 )
             )

@@ -22,7 +22,7 @@ from infra.policy.announcement import Kind
 from infra.policy.approval import Approval, evidence_digest, verify_approval
 from infra.policy.artifact import COHORTS
 from infra.policy.card import ModelCard
-from infra.policy.channel import announce
+from infra.policy.channel import CONTENT, announce
 from infra.policy.keys import Signer
 from infra.policy.permission import Reset, Validity
 from infra.policy.permit import current_epoch, last_announced, permit
@@ -100,6 +100,14 @@ class Registry:
         with self._catalog.read() as connection:
             rows = connection.execute(sa.select(schema.promotions).order_by(schema.promotions.c.id)).mappings()
             return [dict(row) for row in rows]
+
+    def require_promotable(self, version: int) -> None:
+        """Raise ConfigError where a policy could not be promoted whatever is shown of it.
+
+        There is no such policy, it was refused, also by a robot, or it is not newer than the champion.
+        """
+        with self._catalog.read() as connection:
+            self._promotable(connection, version)
 
     def register_candidate(self, version: int, *, proposer: str) -> None:
         """Put a published policy on trial: alias `canary`, announced to the canary cohort. Repeated, it does nothing.
@@ -358,7 +366,7 @@ class Registry:
             return
         if self._keys_dir is None:
             raise ConfigError("nobody is enrolled who may approve", "enrol a person: `lwd keys enrol-person NAME FILE`")
-        if approval.approver == proposer:
+        if approval.approver.casefold() == proposer.strip().casefold():
             raise ConfigError(f"{proposer} proposed policy {policy.version} and cannot approve it", "ask someone else")
         verify_approval(self._keys_dir, approval)
         wanted = Approval(
@@ -376,6 +384,11 @@ class Registry:
         champion = _alias(connection, "champion")
         if policy.status in ("refused", "rolled back"):
             raise ConfigError(f"policy {version} was {policy.status}", "publish a new one")
+        if (same := _refused_before(connection, policy)) is not None:
+            raise ConfigError(
+                f"policy {version} has the bytes of policy {same.version}, which was {same.status}",
+                "publish one that was trained on",
+            )
         refuse_if_refused(connection, version)
         if champion is not None and version <= champion:
             raise ConfigError(
@@ -455,6 +468,16 @@ def _policy(connection: sa.Connection, version: int) -> Any:
     if row is None:
         raise ConfigError(f"there is no policy {version}", "list them with `lwd policies`")
     return row
+
+
+def _refused_before(connection: sa.Connection, policy: Any) -> Any | None:
+    """The row of a policy with the same bytes that was refused or rolled back."""
+    table, content = schema.policies, (policy.details or {}).get(CONTENT)
+    gone = sa.select(table.c.version, table.c.status, table.c.details).where(
+        table.c.status.in_(("refused", "rolled back")), table.c.version != policy.version
+    )
+    rows = connection.execute(gone.order_by(table.c.version))
+    return next((row for row in rows if content is not None and (row.details or {}).get(CONTENT) == content), None)
 
 
 def _alias(connection: sa.Connection, name: str) -> int | None:

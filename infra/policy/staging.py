@@ -17,13 +17,13 @@ from infra.errors import CorruptDataError, LwdError, StorageFullError, Untrusted
 from infra.files import write_durably
 from infra.policy.announcement import bundle_prefix
 from infra.policy.artifact import (
-    BASE,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_SIGNATURE_BYTES,
     SIGNATURE,
     BaseEntry,
     Manifest,
+    file_marks,
     read_signed_manifest,
     verify,
 )
@@ -33,7 +33,6 @@ from infra.policy.state import PolicyRef
 
 KEPT = "the last policy that was good stays in use"
 _SPARE_BYTES = 2**15  # of the disk, which the state's file needs
-_Stamps = dict[str, tuple[int, int, int, int]]
 
 
 class Bundles:
@@ -48,7 +47,7 @@ class Bundles:
         self._root = root
         self._trust = trust
         self._bases = BaseCache(root / "bases")
-        self._verified: dict[PolicyRef, _Stamps] = {}  # what the files were when they verified
+        self._verified: dict[PolicyRef, dict[str, tuple[int, ...]]] = {}  # what the files were when they verified
         with contextlib.suppress(OSError):
             _remove(self._aside)
 
@@ -57,7 +56,7 @@ class Bundles:
 
     def holds(self, ref: PolicyRef) -> bool:
         """Whether the bundle verified in this process, and no file of it has changed or gone since."""
-        return ref in self._verified and self._verified[ref] == _stamps(self.folder(ref))
+        return ref in self._verified and self._verified[ref] == file_marks(self.folder(ref))
 
     def check(self, ref: PolicyRef) -> None:
         """Verify a bundle that is here.
@@ -67,7 +66,7 @@ class Bundles:
         """
         self._verified.pop(ref, None)
         self._check(self.folder(ref), ref)
-        self._verified[ref] = _stamps(self.folder(ref))
+        self._verified[ref] = file_marks(self.folder(ref))
 
     def stage(self, ref: PolicyRef, source: ObjectSource) -> None:
         """Have a bundle here and verified, from the disk or else from the source. Nothing is left of one that failed.
@@ -98,7 +97,7 @@ class Bundles:
         finally:
             with contextlib.suppress(OSError):
                 _remove(self._aside)
-        self._verified[ref] = _stamps(target)
+        self._verified[ref] = file_marks(target)
 
     def prune(self, kept: Collection[PolicyRef]) -> None:
         """Remove every bundle but these, and every base that none of them needs."""
@@ -193,14 +192,3 @@ def _base_of(bundle: Path) -> BaseEntry | None:
         return Manifest.parse((bundle / MANIFEST).read_bytes(), bundle.name).base
     except (OSError, UntrustedPolicyError):
         return None
-
-
-def _stamps(folder: Path) -> _Stamps:
-    """What changes when a file of the folder does; empty where there is no folder."""
-    try:
-        found = {path.name: path.stat() for path in folder.iterdir()}
-    except OSError:
-        return {}
-    # A base's ctime changes with each link to it; nobody can set a file's to what it was.
-    ctimes = {name: 0 if name == BASE else stat.st_ctime_ns for name, stat in found.items()}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns, ctimes[name]) for name, stat in found.items()}

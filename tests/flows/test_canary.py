@@ -40,6 +40,7 @@ from flows.gate import level_at, load_gate
 from flows.trials import reference_of, trial_at_work
 from infra.catalog import dialect, schema
 from infra.errors import ConfigError
+from infra.objects import UnreadableError
 from infra.policy.refusals import record_refusals
 
 
@@ -435,6 +436,26 @@ def test_episodes_that_the_contract_refused_count_as_harm(fleet: Fleet) -> None:
     assert look is not None and look.answer is Answer.HARM and "refused by the contract" in look.decision.reasons[0]
 
 
+def test_a_refused_episode_that_the_store_cannot_read_does_not_end_the_watch(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged block under one quarantined object: harm is still seen, and the object is counted once it comes."""
+    plane, spec = fleet.plane, changed(**QUICK, hours={"max": 1000.0})
+    start(plane, spec, 2)
+    fleet.run("c0", [True], steps=3)
+    real, watcher = plane.objects.get, Watcher(plane, spec)
+
+    def damaged(key: str) -> bytes:
+        raise UnreadableError(f"{key} does not come whole", "upload it again")
+
+    monkeypatch.setattr(plane.objects, "get", damaged)
+    look = watcher.look()
+    assert look is not None and look.decision.evidence["safety"] == {"refused": 0}
+    monkeypatch.setattr(plane.objects, "get", real)
+    look = watcher.look()
+    assert look is not None and look.decision.evidence["safety"] == {"refused": 1}
+
+
 def test_a_success_with_help_is_none_and_learning_robots_do_not_count(fleet: Fleet) -> None:
     plane, spec = fleet.plane, changed(**QUICK)
     start(plane, spec, 2)
@@ -490,8 +511,50 @@ def test_an_episode_counts_for_its_cohort_s_policy_only(fleet: Fleet) -> None:
              "created_at": 0.0, "expires_at": 2.0**40}  # fmt: skip
     with plane.catalog.begin() as connection:
         connection.execute(sa.insert(schema.robot_tokens).values(token))
+    fleet.together([True] * 4, [True] * 4)
     look = Watcher(plane, spec).look()
-    assert look is not None and look.decision.evidence["pairs"] == 0, "its token, and not its word, says its cohort"
+    assert look is not None and look.decision.evidence["pairs"] == 4, "its token, and not its word, says its cohort"
+    assert look.decision.evidence["episodes"] == 8
+
+
+@pytest.mark.parametrize("by", ["word", "token", "revocation"])
+def test_a_robot_that_is_moved_leaves_its_episodes_where_they_count(fleet: Fleet, by: str) -> None:
+    """Else whoever moves a robot takes failures, safety events and the bound on episodes out of a trial."""
+    plane, spec = fleet.plane, changed(**QUICK)
+    start(plane, spec, 2)
+    fleet.together([True] * 7 + [False], [True] * 8)
+    fleet.run("c0", [True] * 2, steps=3)  # refused by the contract
+    before = Watcher(plane, spec).look()
+
+    def move(robot: str, cohort: str) -> None:
+        ended = 1.0 if by == "revocation" else None
+        token = {"token_id": robot, "robot_id": robot, "cohort": cohort, "sha256": "0" * 64, "actor": "ann",
+                 "created_at": 0.0, "expires_at": 2.0**40, "revoked_at": ended}  # fmt: skip
+        with plane.catalog.begin() as connection:
+            if by == "word":
+                connection.execute(
+                    sa.update(schema.robots).where(schema.robots.c.robot_id == robot).values(cohort=cohort)
+                )
+            else:
+                connection.execute(sa.insert(schema.robot_tokens).values(token))
+
+    move("c0", "production")
+    move("p0", "canary")
+    after = Watcher(plane, spec).look()
+    assert before is not None and after is not None
+    assert before.decision.evidence == after.decision.evidence
+    assert after.decision.evidence["episodes"] == 8 and after.decision.evidence["safety"] == {"refused": 2}
+
+
+def test_a_bound_that_is_spent_stays_spent_when_its_robot_is_moved(fleet: Fleet) -> None:
+    plane, spec = fleet.plane, changed(episodes={"min": 5, "planned": 5, "max": 6})
+    start(plane, spec, 2)
+    fleet.together([True] * 6, [True] * 6)
+    stop_trial(plane, "again")
+    for robot, cohort in (("c0", "production"), ("l0", "canary")):
+        fleet.robot(robot, cohort)
+    with pytest.raises(ConfigError, match="has had 6 canary episodes"):
+        start(plane, spec, 2)
 
 
 def test_episodes_of_other_hours_are_not_compared(fleet: Fleet) -> None:

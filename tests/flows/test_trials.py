@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "fleet"))
 from deployment import scene_bundle
 
+from data_contracts.shield import default_shield
 from flows import promotion, trials
 from flows.deployment import Deployment, deployment
 from flows.evaluation import conditions, evaluate, read_results, write_results
@@ -143,6 +144,42 @@ def test_cached_evaluations_never_decide(plane: Deployment, params: Params, rate
     assert judge(plane, params, 2).decision.verdict is Verdict.FAIL
 
 
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("name", ["policy.safetensors", "architecture.json"])
+def test_bytes_that_change_after_they_were_verified_are_not_counted(
+    plane: Deployment, params: Params, monkeypatch: pytest.MonkeyPatch, name: str, restored: bool
+) -> None:
+    """A policy's file is replaced while its episodes run, and put back before they end."""
+    real = trials.run_episodes
+
+    def swapped(bundle: Path, *args: object, **options: object) -> list[EpisodeResult]:
+        kept = (bundle / name).read_bytes()
+        (bundle / name).write_bytes((plane.bundle(4) / name).read_bytes())
+        ran = real(bundle, *args, **options)  # type: ignore[arg-type]
+        if restored:
+            (bundle / name).write_bytes(kept)
+        return ran
+
+    trial = open_trial(plane, params, 2, load_gate())
+    monkeypatch.setattr(trials, "run_episodes", swapped)
+    with pytest.raises(UntrustedPolicyError, match="changed while they were evaluated"):
+        trials.run_round(plane, params, trial, 1)
+    assert rows(plane, schema.trial_episodes) == []
+    monkeypatch.setattr(trials, "run_episodes", real)
+    trials.run_round(plane, params, trial, 1)
+    assert len(rows(plane, schema.trial_episodes)) == 4
+
+
+def test_another_shield_is_another_condition(
+    plane: Deployment, params: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A contract with other limits on the actions: results under one are none under the other."""
+    before, under = open_trial(plane, params, 2, load_gate()), conditions(plane.bundle(2), TASKS, 0)
+    monkeypatch.setattr("flows.evaluation.default_shield", lambda: {**default_shield(), "low": -9.0, "high": 9.0})
+    assert conditions(plane.bundle(2), TASKS, 0) != under
+    assert open_trial(plane, params, 2, load_gate()).id != before.id
+
+
 def test_results_of_other_conditions_are_not_used(plane: Deployment, params: Params, tmp_path: Path) -> None:
     first = results_of(plane, params, 2, 2)
     path = evaluation_file(plane, 2)
@@ -266,3 +303,86 @@ def test_a_real_trial_of_two_policies_ends_in_a_decision(plane: Deployment, para
     judgement = judge(plane, one, 2)
     assert judgement.decision.verdict is Verdict.CONTINUE
     assert isinstance(open_trial(plane, one, 2, load_gate()), Trial)
+
+
+def killed_before_the_refusal(plane: Deployment, params: Params) -> None:
+    assert judge(plane, params, 2).decision.verdict is Verdict.FAIL  # and nobody acts on it
+
+
+@pytest.mark.parametrize("change", ["tasks", "champion"])
+def test_a_trial_that_failed_is_the_last_one_of_its_candidate(
+    plane: Deployment, params: Params, rates: dict[int, float], change: str
+) -> None:
+    """A process that dies between the answer and the refusal leaves no second draw, whatever is changed then."""
+    rates |= {1: 0.9, 2: 0.2, 3: 0.95}
+    killed_before_the_refusal(plane, params)
+    if change == "tasks":
+        params = params.model_copy(update={"tasks": ("S1",)})
+    else:
+        plane.registry.promote(3, {})
+        plane.registry.rollback(actor="ann", reason="r")
+    rates[2] = 1.0
+    judgement = judge(plane, params, 2)
+    assert judgement.decision.verdict is Verdict.FAIL and len(rows(plane, schema.trials)) == 1
+    act_on(plane, judgement)
+    assert plane.registry.policies()[2]["status"] == "refused"
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_what_cannot_be_promoted_takes_no_place_in_the_stream(
+    plane: Deployment, params: Params, rates: dict[int, float], version: int
+) -> None:
+    """A policy below the champion, the champion itself, one that was refused: no draw, and nothing is made of it."""
+    rates |= dict.fromkeys(range(1, 5), 0.5)
+    plane.registry.promote(2, {})
+    plane.registry.refuse(3, {})
+    before = [(row["version"], row["status"]) for row in plane.registry.policies()]
+    with pytest.raises(ConfigError, match="not newer than the champion|was refused"):
+        judge(plane, params, version)
+    assert rows(plane, schema.trials) == []
+    assert [(row["version"], row["status"]) for row in plane.registry.policies()] == before
+    assert plane.registry.rollback(actor="ann", reason="r") == 1
+
+
+def test_of_two_processes_the_first_answer_stands(plane: Deployment, params: Params, rates: dict[int, float]) -> None:
+    """One stands still with what it read while the other goes on: both say the same in the end."""
+    rates |= {1: 0.5, 2: 0.9}
+    trial = open_trial(plane, params, 2, load_gate())
+    assert trials.close_trial(plane, trial, "PASS") == "PASS"
+    assert trials.close_trial(plane, trial, "FAIL") == "PASS"
+    trials.run_round(plane, params, trial, 10)
+    judgement = judge(plane, params, 2)
+    assert judgement.decision.verdict is Verdict.PASS
+    assert any("answered before" in reason for reason in judgement.decision.reasons)
+
+
+@pytest.mark.parametrize("later", [{"stream": {"decay": 4.0}}, {"alpha": 0.04}, {"alpha": 0.02}])
+def test_a_stream_whose_file_changes_spends_no_more_than_alpha(
+    plane: Deployment, params: Params, later: dict[str, object]
+) -> None:
+    def spec(changes: dict[str, object]) -> GateSpec:
+        return GateSpec.model_validate(load_gate().model_dump() | changes)
+
+    levels = [open_trial(plane, params, 2, spec({"stream": {"decay": 3.0}})).level]
+    levels.append(open_trial(plane, params, 3, spec({"stream": {"decay": 1.01}})).level)
+    if "alpha" in later:  # less than what was taken
+        with pytest.raises(ConfigError, match="more than the alpha"):
+            open_trial(plane, params, 4, spec(later))
+    else:
+        levels.append(open_trial(plane, params, 4, spec(later)).level)
+    assert sum(levels) <= 0.05
+
+
+def test_a_demo_that_goes_on_asks_nothing_that_was_decided(
+    plane: Deployment, params: Params, rates: dict[int, float], tmp_path: Path
+) -> None:
+    """Stopped at its report, with the online policy as champion: the offline one is not tried again."""
+    from flows.demo import _gate
+
+    rates |= dict.fromkeys(range(1, 5), 0.5)
+    for version in (2, 4):
+        plane.registry.promote(version, {})
+    for version in (2, 3, 4):
+        _gate(tmp_path, plane, params, version, "offline", "sft")
+    assert rows(plane, schema.trials) == []
+    assert plane.registry.rollback(actor="ann", reason="r") == 2

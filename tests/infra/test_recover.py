@@ -286,3 +286,28 @@ def test_offsets_stay(plane: Plane) -> None:
     with plane.catalog.read() as connection:
         position = connection.execute(sa.select(consumer_offsets.c.position)).scalar_one()
         assert connection.execute(sa.select(sa.func.max(outbox.c.seq))).scalar_one() == position + 1
+
+
+@pytest.mark.parametrize("where", ["schema", "text"])
+def test_bytes_of_the_catalog_that_are_no_text_are_named_as_damage(tmp_path: Path, where: str) -> None:
+    """SQLite quotes a damaged schema in its own message, and gives back texts that cannot be decoded."""
+    plane = open_plane(tmp_path)
+    plane.submit(example_episode(1, robot="robot-of-the-lab"))
+    plane.settle()
+    plane.catalog.close()
+    path = tmp_path / "catalog.db"
+    data = path.read_bytes()
+    if where == "schema":
+        damaged = data.replace(b"CREATE INDEX ix_episodes_committed_at", b"CREATE INDEY ix_episodes_committed_at")
+        damaged = damaged.replace(b"ix_episodes_committed_at", b"ix_\x84\x94pisodes_committed")
+    else:
+        damaged = data.replace(b"robot-of-the-lab", b"robot-of-\xffhe-lab")
+    assert damaged != data
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptDataError, match="its file is damaged"), plane.catalog.read() as connection:
+        connection.execute(sa.select(episodes)).all()
+
+
+def test_an_error_of_the_caller_is_not_taken_for_damage(plane: Plane) -> None:
+    with pytest.raises(UnicodeDecodeError), plane.catalog.read():
+        b"\xff".decode()

@@ -98,7 +98,12 @@ def test_a_line_of_ours_that_is_wrong_or_twice_is_refused(folder: Path, text: st
 
 @pytest.mark.parametrize(
     ("file", "said", "refused"),
-    [("approval: true", "false", True), ("approval: true", "1", False), ("approval: false", "true", True)],
+    [
+        ("approval: true", "false", True),
+        ("approval: true", "1", False),
+        ("approval: false", "true", True),
+        ("approval: true", "perhaps", True),
+    ],
 )
 def test_what_protects_a_deployment_is_its_file_s_decision(
     folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, said: str, refused: bool
@@ -112,6 +117,26 @@ def test_what_protects_a_deployment_is_its_file_s_decision(
         assert load_settings(home=folder).approval
     monkeypatch.delenv("LWD_APPROVAL")
     assert load_settings(home=folder, approval=said == "1").approval == file.endswith("true")
+
+
+@pytest.mark.parametrize("name", ["influence_max", "permit_canary_s", "permit_learning_s", "permit_champion_s"])
+@pytest.mark.parametrize("place", ["shell", "dotenv"])
+def test_a_shell_does_not_widen_what_the_deployment_s_file_bounds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    """How long a permission lasts without a renewal, and the share of the data that one robot may make up."""
+    (folder / "settings.yaml").write_text(f"{name}: 0.25\n")
+    variable = f"LWD_{name.upper()}"
+    for said in ("1", "0.25"):
+        if place == "shell":
+            monkeypatch.setenv(variable, said)
+        else:
+            (folder / ".env").write_text(f"{variable}={said}\n")
+        if said == "1":
+            with pytest.raises(ConfigError, match=f"{variable} contradicts"):
+                load_settings(home=folder)
+        else:
+            assert getattr(load_settings(home=folder), name) == 0.25
 
 
 def test_a_setting_twice_in_the_home_s_file_is_refused(folder: Path) -> None:

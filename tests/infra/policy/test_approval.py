@@ -18,7 +18,7 @@ from infra.policy.approval import (
     people,
     verify_approval,
 )
-from infra.policy.keys import Signer
+from infra.policy.keys import Signer, stage_key
 from infra.policy.registry import Registry
 
 EVIDENCE = {"verdict": "PASS", "pooled": {"difference": {"mean": 0.125, "low": 0.02}}, "reasons": ["shown better"]}
@@ -133,6 +133,38 @@ def test_a_proposal_is_recorded_once_and_the_last_one_counts(registry: Registry)
     assert registry.proposal(2).evidence == EVIDENCE | {"more": 1}
     with pytest.raises(ConfigError, match="nobody proposed policy 3"):
         registry.proposal(3)
+
+
+@pytest.mark.parametrize("how", ["command", "file"])
+@pytest.mark.parametrize("whose", ["ann's", "signing.pem", "publishing.pem", "next.pem"])
+def test_a_key_approves_for_one_person_and_never_for_the_deployment(
+    channel: Channel, registry: Registry, tmp_path: Path, whose: str, how: str
+) -> None:
+    """Ann's key under a second name, or a key that the deployment holds: both would let one party do both parts."""
+    keys = channel.home / "keys"
+    if whose == "ann's":
+        signer, public = person(channel.home, "ann", keys), keys / "people" / "ann.pub"
+    else:
+        stage_key(keys)
+        signer = load_person_key(keys / whose)
+        folder = keys / "trusted" / "publish" if whose == "publishing.pem" else keys / "trusted"
+        public = folder / f"{signer.key_id}.pub"
+    if how == "command":
+        with pytest.raises(ConfigError, match="also ann's|the deployment's own"):
+            enrol_person(keys, "bob", public)
+    (keys / "people").mkdir(exist_ok=True)
+    (keys / "people" / "bob.pub").write_bytes(public.read_bytes())
+    approval = registry.proposal(2).approval("bob").signed(signer)
+    with pytest.raises(UntrustedPolicyError, match="also ann's|the deployment's own"):
+        registry.promote(2, EVIDENCE, against=1, proposer="ann", approval=approval)
+    assert registry.alias("champion") == 1
+
+
+def test_a_proposer_does_not_approve_by_another_spelling_of_the_name(channel: Channel, registry: Registry) -> None:
+    bob = person(channel.home, "Bob", channel.home / "keys")
+    approval = registry.proposal(2).approval("Bob").signed(bob)
+    with pytest.raises(ConfigError, match="cannot approve it"):
+        registry.promote(2, EVIDENCE, against=1, proposer="bob", approval=approval)
 
 
 def test_people_keep_their_keys(tmp_path: Path) -> None:

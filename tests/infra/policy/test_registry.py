@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from policies import Channel
+from policies import Channel, make_base
 
 from infra.catalog import schema
 from infra.errors import ConfigError
@@ -106,6 +106,30 @@ def test_what_cannot_be_promoted(channel: Channel) -> None:
     with pytest.raises(ConfigError, match="is the champion"):
         registry.refuse(2, {})
     assert aliases(registry) == (2, None, None)
+
+
+@pytest.mark.parametrize("how", ["refused", "rolled back"])
+def test_bytes_that_were_refused_are_refused_under_any_version(channel: Channel, how: str) -> None:
+    """Published again they would be a new candidate: with start states of its own, a place in the stream, a budget."""
+    registry = channel.registry
+    registry.promote(1, EVIDENCE)
+    first, again = channel.publish(None, seed=9), channel.publish("canary", seed=9)
+    if how == "refused":
+        registry.refuse(first, {})
+    else:
+        registry.promote(first, EVIDENCE)
+        registry.rollback(actor="ann", reason="r")
+    for ask in (
+        lambda: registry.require_promotable(again),
+        lambda: registry.promote(again, EVIDENCE),
+        lambda: registry.propose(again, EVIDENCE, against=1),
+        lambda: registry.register_candidate(again, proposer="ann"),
+    ):
+        with pytest.raises(ConfigError, match=f"has the bytes of policy {first}, which was {how}"):
+            ask()
+    base = make_base(channel.home / "base.safetensors")
+    other = channel.publish(None, seed=9, base=base)  # the same head on a base is another policy
+    registry.promote(other, EVIDENCE)
 
 
 def test_evidence_against_an_earlier_champion_promotes_nothing(channel: Channel) -> None:

@@ -229,7 +229,7 @@ def contracts_review(
     from data_contracts.review import write_review
     from data_contracts.suites import validate_batch
     from flows.deployment import deployment
-    from flows.stages.common import QUARANTINE
+    from flows.stages.common import QUARANTINE, read_refused
 
     names = ("episode", "transition", "offline_buffer")
     terms = [load_contract(name) for name in names]
@@ -237,7 +237,7 @@ def contracts_review(
         held = plane.members()
         refused = plane.quarantined()
     if (QUARANTINE / "quarantine.json").exists():
-        refused = json.loads((QUARANTINE / "quarantine.json").read_text()) + refused
+        refused = read_refused() + refused
     reports = [validate_batch(terms[0], held)] if held else []
     out.print(f"review: {write_review(page, terms, reports, refused).resolve()}")
 

@@ -31,8 +31,9 @@ def limits_s(tasks: Iterable[str]) -> dict[str, float]:
 
 
 def world(tasks: Sequence[str]) -> dict[str, Any]:
-    """What any policy's result depends on: the tasks with their limits, and the simulator's versions."""
-    return {"tasks": limits_s(tasks), "simulator": {name: installed(name) for name in _SIMULATOR}}
+    """What any policy's result depends on: the tasks with their limits, the shield, and the simulator's versions."""
+    simulator = {name: installed(name) for name in _SIMULATOR}
+    return {"tasks": limits_s(tasks), "shield": default_shield(), "simulator": simulator}
 
 
 def conditions(bundle: Path, tasks: Sequence[str], seed: int) -> dict[str, Any]:

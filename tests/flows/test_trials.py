@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "fleet"))
 from deployment import scene_bundle
 
-from flows import promotion, trials
+from data_contracts.shield import default_shield
+from flows import evaluation, promotion, trials
 from flows.deployment import Deployment, deployment
 from flows.evaluation import conditions, evaluate, read_results, write_results
 from flows.gate import GateSpec, Verdict, level_at, load_gate, trace, verdicts
@@ -143,7 +144,9 @@ def test_cached_evaluations_never_decide(plane: Deployment, params: Params, rate
     assert judge(plane, params, 2).decision.verdict is Verdict.FAIL
 
 
-def test_results_of_other_conditions_are_not_used(plane: Deployment, params: Params, tmp_path: Path) -> None:
+def test_results_of_other_conditions_are_not_used(
+    plane: Deployment, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = results_of(plane, params, 2, 2)
     path = evaluation_file(plane, 2)
     assert results_of(plane, params, 2, 2) == first
@@ -153,6 +156,8 @@ def test_results_of_other_conditions_are_not_used(plane: Deployment, params: Par
     under = conditions(plane.bundle(2), TASKS, 7)
     assert len(read_results(path, under)) == 4 and read_results(path, conditions(plane.bundle(2), TASKS, 8)) == []
     assert read_results(path, conditions(plane.bundle(3), TASKS, 7)) == []
+    monkeypatch.setattr(evaluation, "default_shield", lambda: default_shield() | {"change": 0.1})
+    assert read_results(path, conditions(plane.bundle(2), TASKS, 7)) == []  # actions pass another shield
     path.write_text("[]")  # of a version that kept no conditions
     assert len(results_of(plane, params, 2, 2)) == 4
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import pydantic
 import yaml
-from open_data_contract_standard.model import DataQuality, OpenDataContractStandard
+from open_data_contract_standard.model import DataQuality, OpenDataContractStandard, SchemaObject, SchemaProperty
 
 from data_contracts.rules import FIELDS, SEVERITIES, Rule, Severity, nearest, problem
 from infra.errors import ConfigError
@@ -36,6 +37,9 @@ _LOGICAL_TYPES = ("string", "integer", "number", "boolean", "array", "object")
 _QUALITY_TYPES = ("text", "library", "sql", "custom")  # of the standard
 _ENGINE = "lwd"
 _LIKE = 0.75  # two names that are this similar are one, mistyped
+_OPEN = "v3.0."  # releases that let any field stand outside of the schema's objects and properties
+_CLOSED = (OpenDataContractStandard, SchemaObject, SchemaProperty)
+_ROWS = ("T", "T+1")
 _TASK_KEYS = {"key": str, "instruction": str, "substeps": int, "max_steps": int}
 
 
@@ -171,6 +175,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes: list[Note] = []
+        self.place = 0  # of this contract's object among those of the schema
         text = read_text(path, "contract", "restore the contract file")
         self.raw = parse_yaml(path, text, "contract")
         self.root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -202,7 +207,7 @@ class _Reader:
             place = ".".join(map(str, first["loc"]))
             at = tuple(step for step in first["loc"] if isinstance(step, str | int))
             self.fail(at, f"field {place!r}: {first['msg']}", "write it as the Open Data Contract Standard v3 says")
-        self._unknown_fields(self.raw, model, ())
+        self._unknown_fields(self.raw, model, (), open_=str(model.apiVersion).startswith(_OPEN))
         for key in ("apiVersion", "kind", "id", "name", "version", "schema"):
             if not self.raw.get(key):
                 self.fail((), f"field {key!r} is missing", "copy it from the packaged contract")
@@ -211,15 +216,20 @@ class _Reader:
         if model.name not in NAMES:
             self.fail(("name",), f"unknown contract {model.name!r}", f"use {nearest(str(model.name), NAMES)}")
         name = str(model.name)
-        for other in self.raw["schema"][1:]:
-            self.notes.append(Note("schema", "object", str(other.get("name"))))
+        names = [one.get("name") for one in self.raw["schema"]]
+        self.place = names.index(name) if name in names else 0  # the standard gives the order no meaning
+        for index, other in enumerate(names):
+            if index != self.place:
+                self.notes.append(Note("schema", "object", str(other)))
         custom = self._custom(name)
         fields, rules = self._schema(name)
         if name != "offline_buffer":
             schema_rules = [rule for rule in rules if rule.check == "schema"]
             if not schema_rules or schema_rules[0].severity != "block":
                 # every other check reads the fields and may only do so when they are of their types
-                self.fail(("schema", 0, "quality"), "no blocking rule has check: schema", "put the schema rule back")
+                self.fail(
+                    ("schema", self.place, "quality"), "no blocking rule has check: schema", "put the schema rule back"
+                )
         team = self.raw.get("team")
         contract = Contract(
             name=name,
@@ -239,17 +249,24 @@ class _Reader:
             self.fail(("customProperties",), "no tasks are agreed on", "list them under the custom property `tasks`")
         return contract, list(custom.get("includes", []))
 
-    def _unknown_fields(self, raw: Any, parsed: Any, at: tuple[str | int, ...]) -> None:
-        """The standard's model drops what it does not know; a typo must not pass as an absent field."""
+    def _unknown_fields(self, raw: Any, parsed: Any, at: tuple[str | int, ...], *, open_: bool) -> None:
+        """The standard's model drops what it does not know; a typo must not pass as an absent field.
+
+        `open_`: the contract is of a release in which tools may add fields of their own.
+        """
         if isinstance(parsed, pydantic.BaseModel) and isinstance(raw, dict):
             valid = {info.alias or name: name for name, info in type(parsed).model_fields.items()}
             for key, value in raw.items():
-                if key not in valid:
+                if key in valid:
+                    self._unknown_fields(value, getattr(parsed, valid[key]), (*at, key), open_=open_)
+                    continue
+                like = difflib.get_close_matches(str(key).casefold(), [one.casefold() for one in valid], 1, _LIKE)
+                if like or not open_ or isinstance(parsed, _CLOSED):
                     self.fail((*at, key), f"unknown field {key!r}", f"use {nearest(str(key), valid)}")
-                self._unknown_fields(value, getattr(parsed, valid[key]), (*at, key))
+                self.notes.append(Note(".".join(map(str, at)), "field", f"{key}: {value}"))
         elif isinstance(parsed, list) and isinstance(raw, list):
             for index, (one, other) in enumerate(zip(raw, parsed, strict=True)):
-                self._unknown_fields(one, other, (*at, index))
+                self._unknown_fields(one, other, (*at, index), open_=open_)
 
     def _custom(self, name: str) -> dict[str, Any]:
         valid = {"episode": ("includes", "tasks"), "transition": ("action_dim", "observation_dim", "shield")}.get(
@@ -295,11 +312,11 @@ class _Reader:
         return tasks
 
     def _schema(self, name: str) -> tuple[tuple[Field, ...], tuple[Rule, ...]]:
-        raw = self.raw["schema"][0]
+        raw = self.raw["schema"][self.place]
         fields: list[Field] = []
-        rules = self._rules(name, None, raw.get("quality") or [], ("schema", 0, "quality"))
+        rules = self._rules(name, None, raw.get("quality") or [], ("schema", self.place, "quality"))
         for index, entry in enumerate(raw.get("properties") or []):
-            at = ("schema", 0, "properties", index)
+            at = ("schema", self.place, "properties", index)
             label = str(entry.get("name"))
             attribute = str(entry.get("physicalName") or label)
             if attribute not in FIELDS[name]:
@@ -311,7 +328,7 @@ class _Reader:
                 self.fail(at, f"{label} is not required, but every episode has it", "write required: true")
             if attribute in {one.name for one in fields}:
                 self.fail((*at, "name"), f"the column {attribute!r} stands twice", "keep one of the two")
-            custom = {one.get("property"): one.get("value") for one in entry.get("customProperties") or []}
+            custom = self._of_column(name, label, entry, at)
             fields.append(
                 Field(
                     name=attribute,
@@ -326,8 +343,34 @@ class _Reader:
             )
             rules += self._rules(name, attribute, entry.get("quality") or [], (*at, "quality"))
         if missing := FIELDS[name] - {one.name for one in fields}:
-            self.fail(("schema", 0, "properties"), f"lacks {', '.join(sorted(missing))}", "put the columns back")
+            self.fail(
+                ("schema", self.place, "properties"), f"lacks {', '.join(sorted(missing))}", "put the columns back"
+            )
         return tuple(fields), tuple(rules)
+
+    def _of_column(self, name: str, label: str, entry: dict[str, Any], at: tuple[str | int, ...]) -> dict[str, Any]:
+        """A column's custom properties; those of an array say its rows, and its physical type is one of numpy's."""
+        custom: dict[str, Any] = {}
+        for index, one in enumerate(entry.get("customProperties") or []):
+            if (key := one.get("property")) in custom:
+                here = (*at, "customProperties", index)
+                self.fail(here, f"{label}: the custom property {key!r} stands twice", "keep one of the two")
+            custom[key] = one.get("value")
+        if name == "transition":
+            if custom.get("rows") not in _ROWS:
+                self.fail(
+                    at,
+                    f"{label}: rows is {custom.get('rows')!r}",
+                    f"give the custom property rows, {' or '.join(_ROWS)}",
+                )
+            try:
+                np.dtype(str(entry.get("physicalType") or "?!"))
+            except TypeError:
+                kind = entry.get("physicalType")
+                self.fail(
+                    (*at, "physicalType"), f"{label}: no type {kind!r} of numbers", "give float32, float64 or bool"
+                )
+        return custom
 
     def _is_rule(self, quality: DataQuality, at: tuple[str | int, ...]) -> bool:
         """Whether an entry is a rule of ours; one that is meant to be, and says so wrongly, is refused."""

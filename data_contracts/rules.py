@@ -175,6 +175,8 @@ def _value(check: str, key: str, value: Any, kinds: Any, field: str | None) -> W
         for one in [value] if isinstance(value, str) else value:
             if one not in choices:
                 return Wrong((key,), f"no {key} {one!r}", f"use {nearest(str(one), choices)}")
+    if isinstance(value, list) and any(one in value[:place] for place, one in enumerate(value)):
+        return Wrong((key,), f"an entry of {key} stands twice in {value!r}", "keep one of the two")
     if key == "outcomes":
         for source, outcomes in value.items():
             for one in outcomes if isinstance(outcomes, list) else [outcomes]:

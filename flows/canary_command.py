@@ -10,6 +10,7 @@ from rich.table import Table
 
 from flows.console import bold, out
 from flows.run import run_flow
+from infra.errors import ConfigError
 from infra.settings import default_home
 
 HOME = default_home()
@@ -36,6 +37,15 @@ def canary(
 
     10 is CONTINUE (with --once), 12 a trial that ended without an answer. Interrupted, the same command goes on.
     """
+    if (stop or once) and (version is not None or (stop and (once or gate))):
+        which = "--stop" if stop else "--once"
+        raise ConfigError(
+            f"{which} is of what is on trial, and takes no other candidate or option", f"give {which} alone"
+        )
+    if reason and not stop:
+        raise ConfigError(
+            "--reason says why a trial was stopped, and nothing is to be stopped", "add --stop, or leave it out"
+        )
     if stop:
         _stop(home, reason or "not given", actor)
         return

@@ -21,6 +21,7 @@ from flows.canary_command import canary
 from flows.console import bold, console, out, red, say
 from flows.data import app as data
 from flows.keys import app as keys
+from flows.once import App
 from flows.robots import app as robots
 from flows.run import run_flow, start_over
 from flows.servers import app as servers
@@ -33,14 +34,14 @@ from infra.settings import default_home
 from infra.surroundings import complete
 from infra.unexpected import explained
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Learning while deploying: a fleet of robots whose shared policy improves from every episode.\n\n"
     "Begin with `lwd demo`. Then, step by step: `lwd train` (offline pipeline), `lwd online` (deploy and keep "
     "learning), `lwd promote` (gate), `lwd rollback`. Everything of one deployment lies below `--home`.",
 )
-contracts = typer.Typer(no_args_is_help=True, help="Data contracts: check them, review what they refused.")
+contracts = App(no_args_is_help=True, help="Data contracts: check them, review what they refused.")
 app.add_typer(contracts, name="contracts")
 app.add_typer(data, name="data")
 app.add_typer(robots, name="robots")
@@ -50,7 +51,10 @@ app.command()(canary)
 
 Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of pipeline and online stage.")]
-Port = Annotated[int | None, typer.Option(help="Port of the Prefect server started for this command; any free one.")]
+Port = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, help="Port of the Prefect server started for this command; any free one."),
+]
 HOME, PARAMS = default_home(), Path("params.yaml")
 # typer carries its own copy of click, whose UsageError it does not export.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -115,7 +119,7 @@ def evaluate(
     versions: Annotated[
         list[int] | None, typer.Argument(help="Policies; newest candidate and champion if none.")
     ] = None,
-    episodes: Annotated[int | None, typer.Option(help="Per task; `evaluate.episodes` if not given.")] = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Per task; `evaluate.episodes` if not given.")] = None,
     home: Home = HOME,
     params: ParamsFile = PARAMS,
     port: Port = None,
@@ -205,9 +209,17 @@ def contracts_check(
     """Check recorded episodes against a contract; exit code 3 if any is refused."""
     from data_contracts.checks import check_episode
     from data_contracts.contract import load_contract
+    from data_contracts.suites import validate_buffer
     from lwd_model.shards import read_buffer
 
     terms, refused, seen = load_contract(contract), 0, 0
+    if terms.name == "offline_buffer":
+        whole = [episode for folder in data for episode in read_buffer(folder)]
+        report = validate_buffer(terms, whole)
+        for v in report.violations:
+            out.print(f"{v.severity:<5} {v.rule}: {v.message} ({v.owner})")
+        out.print(f"{len(whole)} episodes, {'accepted' if report.success else 'refused'} as a whole")
+        raise typer.Exit(0 if report.success else 3)
     for folder in data:
         for episode in read_buffer(folder):
             seen += 1
@@ -229,7 +241,7 @@ def contracts_review(
     from data_contracts.review import write_review
     from data_contracts.suites import validate_batch
     from flows.deployment import deployment
-    from flows.stages.common import QUARANTINE
+    from flows.stages.common import QUARANTINE, read_refused
 
     names = ("episode", "transition", "offline_buffer")
     terms = [load_contract(name) for name in names]
@@ -237,13 +249,13 @@ def contracts_review(
         held = plane.members()
         refused = plane.quarantined()
     if (QUARANTINE / "quarantine.json").exists():
-        refused = json.loads((QUARANTINE / "quarantine.json").read_text()) + refused
+        refused = read_refused() + refused
     reports = [validate_batch(terms[0], held)] if held else []
     out.print(f"review: {write_review(page, terms, reports, refused).resolve()}")
 
 
 @app.command()
-def snapshots(home: Home = HOME, last: Annotated[int, typer.Option(help="How many.")] = 20) -> None:
+def snapshots(home: Home = HOME, last: Annotated[int, typer.Option(min=1, help="How many.")] = 20) -> None:
     """List the newest data snapshots."""
     from flows.deployment import deployment
 
@@ -257,7 +269,7 @@ def snapshots(home: Home = HOME, last: Annotated[int, typer.Option(help="How man
 
 
 @app.command()
-def policies(home: Home = HOME, last: Annotated[int, typer.Option(help="How many.")] = 20) -> None:
+def policies(home: Home = HOME, last: Annotated[int, typer.Option(min=1, help="How many.")] = 20) -> None:
     """List the newest policies with their aliases, data, digests, and the robots that could not run them."""
     from flows.deployment import deployment
     from infra.policy.refusals import refusals
@@ -334,8 +346,8 @@ def migrate(home: Home = HOME) -> None:
 def robot(
     bundle: Annotated[Path, typer.Argument(help="A policy's folder, for example models/sft/bundle.")],
     task: Annotated[str, typer.Option(help="Task key.")] = "S1",
-    episodes: Annotated[int, typer.Option(help="How many.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the start states.")] = 0,
+    episodes: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the start states.")] = 0,
     pictures: Annotated[Path | None, typer.Option(help="Write a filmstrip of the first episode to this PNG.")] = None,
 ) -> None:
     """Run one robot against a policy and print what it did."""
@@ -343,6 +355,8 @@ def robot(
     from infra.fleet.rollout import run_jobs
     from infra.fleet.sources import job_list
 
+    if pictures is not None and (pictures.suffix.lower() != ".png" or not pictures.absolute().parent.is_dir()):
+        raise ConfigError(f"--pictures {pictures} is no PNG in a folder that there is", "name a file that ends in .png")
     done = run_jobs(load_policy(bundle), job_list([task], episodes, seed, "evaluation"), source="rollout")
     for episode in done:
         out.print(

@@ -6,6 +6,7 @@ import os
 import sys
 
 from infra import interrupts
+from infra.errors import LwdError
 
 
 def main() -> None:
@@ -15,6 +16,9 @@ def main() -> None:
         from flows.cli import main as command
 
         command()
+    except LwdError as error:  # of the imports: the commands' defaults come of `.env`
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         os.write(2, f"\n{interrupts.MESSAGE}\n".encode())
         sys.exit(interrupts.exit_code())

@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from flows.console import out
+from flows.once import App
 from infra.catalog import Catalog, dialect, leases
 from infra.catalog.schema import dead_letters as letters
 from infra.catalog.schema import quarantine, robots
@@ -23,7 +24,7 @@ from infra.objects import ObjectStore
 from infra.plane import open_catalog, open_objects
 from infra.settings import default_home, load_settings
 
-app = typer.Typer(no_args_is_help=True, help="The data of a deployment: mend, free, revoke, release, verify, recover.")
+app = App(no_args_is_help=True, help="The data of a deployment: mend, free, revoke, release, verify, recover.")
 Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
 Actor = Annotated[str, typer.Option(help="Who decides; goes into the audit.")]
 HOME = default_home()

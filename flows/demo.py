@@ -16,7 +16,7 @@ from prefect import flow
 
 from flows import report
 from flows.console import bold, green, say, yellow
-from flows.deployment import Deployment, deployment
+from flows.deployment import Deployment, deployment, read_json
 from flows.evaluation import limits_s
 from flows.offline import offline
 from flows.online import online
@@ -26,6 +26,7 @@ from flows.record import learning_curve, online_steps, record_offline, record_on
 from flows.stages.common import BUNDLE, SFT
 from infra.edge.inference import load_policy
 from infra.errors import UnavailableError
+from infra.files import write_durably
 from infra.fleet.filmstrip import render_episode
 from infra.fleet.rollout import run_jobs
 from infra.fleet.sources import job_list
@@ -89,10 +90,12 @@ def demo(run_dir: str = "runs/demo", params_path: str = "params.yaml") -> dict[s
 def _started(folder: Path) -> float:
     """When this run began, also if it was stopped and is going on."""
     path = folder / _STARTED
-    if not path.exists():
+    at = read_json(path).get("at")
+    if not isinstance(at, float):
+        at = time.time()
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"at": time.time()}, allow_nan=False))
-    return float(json.loads(path.read_text())["at"])
+        write_durably(path, json.dumps({"at": at}, allow_nan=False).encode())
+    return at
 
 
 def _gate(folder: Path, plane: Deployment, params: Params, candidate: int, name: str, against: str) -> None:

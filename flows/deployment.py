@@ -130,8 +130,9 @@ def _signers(settings: Settings) -> tuple[Signer, Signer | None]:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A status file; empty while its writer has not been there."""
+    """A status file; empty while its writer has not been there, and where it is damaged: it is soon written again."""
     try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from flows.console import out
+from flows.once import App
 from infra.errors import ConfigError
 from infra.settings import default_home
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from flows.deployment import Deployment
     from infra.policy.keys import Role
 
-app = typer.Typer(no_args_is_help=True, help="Keys that sign policies: list, rotate, retire.")
+app = App(no_args_is_help=True, help="Keys that sign policies: list, rotate, retire.")
 Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
 HOME = default_home()
 

@@ -12,6 +12,7 @@ several machines are started with torchrun itself and need the home's folder on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
@@ -276,17 +277,20 @@ def _resumed_rows(loop: OnlineLearner) -> Path:
     that a full disk has torn."""
     path = loop.folder / ROWS
     if path.exists():
-        kept = [line for line in path.read_bytes().splitlines() if 0 <= _update_of(line) <= loop.updates]
-        write_durably(path, b"".join(line + b"\n" for line in kept))
+        kept = [row for row in read_rows(path) if row["update"] <= loop.updates]
+        write_durably(path, "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in kept).encode())
     return path
 
 
-def _update_of(line: bytes) -> int:
-    """Of a row; -1 where it is none."""
-    try:
-        return int(json.loads(line)["update"])
-    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-        return -1
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of the metrics' file; a line that a crash or a full disk cut short is none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("update"), int):
+                rows.append(row)
+    return rows
 
 
 def _process_name(ranks: Ranks) -> str:

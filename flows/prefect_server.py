@@ -37,7 +37,8 @@ def require_port(port: int | None) -> None:
 def prefect_server(home: Path, *, port: int | None = None, start_timeout_s: float = 180.0) -> Iterator[str]:
     """Run a Prefect server on loopback for the length of the block, and point this process at it.
 
-    Where `PREFECT_API_URL` is set already, that server is used and none is started.
+    Where `PREFECT_API_URL` is set already, that server is used and none is started. Otherwise no `PREFECT_…` variable
+    of the caller holds within the block: each is meant for another server, its database among them.
 
     Args:
         home: folder of the server's SQLite database, of its log and of its credential.
@@ -57,11 +58,14 @@ def prefect_server(home: Path, *, port: int | None = None, start_timeout_s: floa
     url = f"http://{HOST}:{port}/api"
     ours = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": credential(home)}
     before = {name: os.environ.get(name) for name in ours}
+    foreign = {name for name in os.environ if name.startswith("PREFECT_")} - QUIET.keys() - {"PREFECT_HOME"}
+    before |= {name: os.environ.pop(name) for name in foreign}
     log = home / "server.log"
     # A session of its own: Ctrl-C reaches the flow first, which still needs the server to record how it ended.
     with log.open("ab") as out:
         server = subprocess.Popen(
             server_command(port),
+            cwd=home,  # Prefect reads `.env` and `prefect.toml` of its folder
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import sqlalchemy as sa
 from flows import report
 from flows.deployment import Deployment
 from flows.evaluation import evaluate, limits_s, read_results
-from flows.online_learner import ROWS
+from flows.online_learner import ROWS, read_rows
 from flows.params import Params
-from flows.stages.common import BUFFER, CHECKPOINT, EVALUATION, OFFLINE, QUARANTINE, read_plot
+from flows.stages.common import BUFFER, CHECKPOINT, EVALUATION, OFFLINE, read_plot, read_refused
 from infra.catalog import schema
 from infra.episode import Episode, decode
 from lwd_model.diagnostics import diagnose
@@ -35,7 +34,7 @@ def record_offline(run_dir: Path, params: Params) -> None:
         report.record_training(run_dir, name, read_plot(name))
     episodes = list(read_buffer(BUFFER))
     report.record_composition(run_dir, report.composition_of(episodes))
-    report.record_quarantine(run_dir, quarantine_rows(json.loads((QUARANTINE / "quarantine.json").read_text())))
+    report.record_quarantine(run_dir, quarantine_rows(read_refused()))
     record_values(run_dir, OFFLINE / CHECKPOINT, episodes, "the offline buffer")
 
 
@@ -87,8 +86,7 @@ def record_online(run_dir: Path, plane: Deployment, curve: Iterable[dict[str, An
         redeployments=_activations(members),
         evaluations=list(curve),
     )  # fmt: skip
-    rows = home / "learner" / ROWS
-    report.record_training(run_dir, "online", [json.loads(line) for line in rows.read_text().splitlines()])
+    report.record_training(run_dir, "online", read_rows(home / "learner" / ROWS))
     latencies = {"episode_to_learner_s": _episode_to_learner(plane), "publish_to_active_s": _publish_to_active(plane)}
     report.record_latency(run_dir, latencies)
     report.record_loop(
@@ -99,8 +97,7 @@ def record_online(run_dir: Path, plane: Deployment, curve: Iterable[dict[str, An
     )
     online = [decode(plane.objects.get(m.key), name=m.key) for m in members]
     report.record_composition(run_dir, report.composition_of([*read_buffer(BUFFER), *online]))
-    refused = json.loads((QUARANTINE / "quarantine.json").read_text()) + plane.quarantined()
-    report.record_quarantine(run_dir, quarantine_rows(refused))
+    report.record_quarantine(run_dir, quarantine_rows(read_refused() + plane.quarantined()))
     record_values(run_dir, home / "learner" / CHECKPOINT, online, "the online stage")
 
 

@@ -13,12 +13,13 @@ import typer
 from rich.table import Table
 
 from flows.console import out, say
+from flows.once import App
 from infra.settings import Settings, default_home
 
 if TYPE_CHECKING:
     from infra.service.auth import Tokens
 
-app = typer.Typer(no_args_is_help=True, help="Robots' credentials: enrol, revoke, list.")
+app = App(no_args_is_help=True, help="Robots' credentials: enrol, revoke, list.")
 Home = Annotated[Path, typer.Option(help="The deployment's folder; LWD_HOME, also in `.env`.")]
 Robot = Annotated[str, typer.Argument(help="The robot's name: letters, digits, '-', '_', '.'.")]
 HOME = default_home()

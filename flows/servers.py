@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from flows.console import out, say
+from flows.once import App
 from infra.errors import ConfigError, UnavailableError
 from infra.settings import default_home
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # the servers' clients take a second to import, which no othe
     from infra.servers import Servers
     from infra.servers.server import Server
 
-app = typer.Typer(no_args_is_help=True, help="Real servers on this machine: Kafka, Garage (S3), PostgreSQL, Prefect.")
+app = App(no_args_is_help=True, help="Real servers on this machine: Kafka, Garage (S3), PostgreSQL, Prefect.")
 
 Data = Annotated[Path | None, typer.Option(help="Folder of the servers' data; beside the programs if not given.")]
 Only = Annotated[str | None, typer.Option(help="For example postgres,kafka; all of them if not given.")]
@@ -139,6 +140,8 @@ def _ports(given: list[str]) -> dict[str, int]:
         name, _, number = pair.partition("=")
         if not number.isascii() or not number.isdigit() or not 0 < int(number) < 65_536:
             raise ConfigError(f"--port {pair!r} names no port", "write it as kafka=9092")
+        if name in ports:
+            raise ConfigError(f"--port gives {name} two ports", "keep one of the two")
         ports[name] = int(number)
     return ports
 

@@ -7,16 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from infra.errors import ConfigError
+from infra.settings import refuse_switch
 from infra.yaml_file import read_yaml
 
 
 class Section(BaseModel):
-    """A part of a gate file: no unknown field, never changed."""
+    """A part of a file: no unknown field, never changed; a number is finite, and no `yes` or `on`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        return refuse_switch(value, cls.model_fields[str(info.field_name)].annotation)
 
 
 Spec = TypeVar("Spec", bound=Section)

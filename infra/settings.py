@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 from urllib.parse import quote
 
-from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, SecretStr, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -39,13 +39,23 @@ PROTECTED = (
 """Settings that only the home's file may give another value than the file's own."""
 
 
+def refuse_switch(value: Any, annotation: Any) -> Any:
+    """A value as it was given; ValueError for `true`, which YAML makes of `yes` and `on`, where a number belongs."""
+    kinds = {annotation, *get_args(annotation)}
+    if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+        raise ValueError("Input should be a number, not a switch (true, false, yes, no, on, off)")
+    return value
+
+
 class Settings(BaseSettings):
     """Where things are and how much of each is allowed.
 
     Everything of one deployment lies below `home`; two homes on one machine never meet.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
 
     profile: Literal["local", "fleet"] = "local"
     home: Path = Path("runs/local")
@@ -118,6 +128,11 @@ class Settings(BaseSettings):
             _Dotenv(settings_cls), InitSettingsSource(settings_cls, file),
         )  # fmt: skip
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        return refuse_switch(value, cls.model_fields[str(info.field_name)].annotation)
+
     @model_validator(mode="after")
     def _fleet_is_whole(self) -> Settings:
         needed = {"catalog": self.catalog, "s3_endpoint": self.s3_endpoint, "kafka_bootstrap": self.kafka_bootstrap}
@@ -173,7 +188,7 @@ class _Dotenv(_Environment):
     """The same, of `.env`."""
 
     def _load_env_vars(self) -> dict[str, str | None]:
-        return {name.lower(): value for name, value in dotenv_variables().items()}
+        return {name.lower(): value for name, value in dotenv_variables().items() if value}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -224,6 +239,10 @@ def settings_of(home: Path) -> dict[str, Any]:
     found = read_yaml(path, "settings", "write it, or name another home")
     if not isinstance(found, dict | None) or not all(isinstance(name, str) for name in found or ()):
         raise ConfigError(f"{path} holds no settings", "write them as `name: value`, a line each")
+    if "home" in (found or ()):
+        raise ConfigError(
+            f"{path}: a home does not say where it is", f"remove `home`; set {PREFIX}HOME, or give --home"
+        )
     return found or {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -290,5 +291,7 @@ def _check(config: Any, bounds: Mapping[str, tuple[float | None, float | None]])
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         low, high = bounds.get(f.name, (None, None))
+        if isinstance(value, float) and not math.isfinite(value):  # nothing compares with NaN
+            raise ConfigError(f"{where}: {f.name}={value!r} is not finite", "give a number")
         if (low is not None and value < low) or (high is not None and value > high):
             raise ConfigError(f"{where}: {f.name}={value!r} is out of range", f"keep it within [{low}, {high}]")

@@ -19,7 +19,9 @@ from infra.lifeline import end_with_ancestors
 from infra.process import die_with_parent, write_any_text
 from infra.unexpected import explained
 
-NAMES = ("demonstrations", "sft", "rollouts", "play", "validate", "buffer", "offline", "evaluate", "report")
+NAMES = (
+    "contracts", "demonstrations", "sft", "rollouts", "play", "validate", "buffer", "offline", "evaluate", "report",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

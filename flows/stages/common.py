@@ -11,12 +11,14 @@ from typing import Any
 
 from flows.params import Params
 from infra.episode import Episode
+from infra.errors import CorruptDataError
 from infra.fleet.features import FEATURES
 from infra.fleet.scene import ACTION_DIM
 from infra.fleet.tasks import TASKS
 from lwd_model.chunks import Replay
 from lwd_model.config import AgentConfig, LearnerConfig, preset
 
+CONTRACTS = Path("data/contracts")
 DEMONSTRATIONS, ROLLOUTS, PLAY = Path("data/demonstrations"), Path("data/rollouts"), Path("data/play")
 QUARANTINE, BUFFER, EVALUATION, REPORT = (
     Path("data/quarantine"), Path("data/buffer"), Path("data/evaluation"), Path("data/report"),
@@ -78,6 +80,24 @@ def put_in_place(part: Path, out: Path) -> None:
         out.replace(old)
     part.replace(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_refused() -> list[dict[str, Any]]:
+    """The episodes that stage `validate` refused, with their reasons.
+
+    Raises:
+        CorruptDataError: its file is missing or damaged.
+    """
+    path = QUARANTINE / "quarantine.json"
+    try:
+        refused = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(refused, list) or not all(isinstance(row["reasons"], list) for row in refused):
+            raise ValueError("no list of refused episodes")
+        if not all(isinstance(row["episode_id"], str) for row in refused):
+            raise ValueError("an episode without id")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CorruptDataError(f"{path} cannot be read ({error})", "write it again: `dvc repro -f validate`") from error
+    return refused
 
 
 def write_metrics(name: str, metrics: Mapping[str, Any]) -> None:

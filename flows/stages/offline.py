@@ -47,7 +47,7 @@ def run(params: Params) -> None:
             lambda rng: replay.sample(config.learner.batch, rng, balanced=True),
             params.offline.updates,
             on_step=on_step,
-            metrics_every=20,
+            metrics_every=min(20, params.offline.updates),
         )
     export_bundle(agent.deployed, agent.normaliser, config.policy, part / BUNDLE)
     learner.save(part / CHECKPOINT)

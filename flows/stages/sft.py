@@ -51,6 +51,7 @@ def run(params: Params) -> None:
             params.sft.updates,
             stage="sft",
             on_step=on_step,
+            metrics_every=min(50, params.sft.updates),
         )
     export_bundle(agent.deployed, normaliser, config.policy, part / BUNDLE)
     learner.save(part / CHECKPOINT)

@@ -265,3 +265,49 @@ def test_a_check_on_a_field_it_does_not_fit_is_refused(
     assert f"{path}:{line}: rule 'misplaced': check " in caught.value.problem
     assert attribute in caught.value.problem
     assert fitting in caught.value.fix
+
+
+def test_the_order_of_a_schemas_objects_has_no_meaning(edited: Path) -> None:
+    other = "schema:\n  - name: other\n    logicalType: object\n    properties: [{name: a, logicalType: date}]\n"
+    edit(edited / "episode.odcs.yaml", "schema:\n", other)
+    contract = load_contract("episode")
+    assert len(contract.rules) == len(load_contract(FOLDER / "episode.odcs.yaml").rules)
+    assert ("schema", "object", "other") in [(note.place, note.kind, note.text) for note in contract.notes]
+
+
+OPEN = "    quality:\n      - {rule: nullCheck, validValues: [a], description: A rule of another tool.}\n"
+
+
+def test_a_field_of_another_tool_is_kept_where_the_release_allows_it(edited: Path) -> None:
+    file = edited / "episode.odcs.yaml"
+    edit(file, "    quality:\n", OPEN)
+    with pytest.raises(ConfigError, match="unknown field 'validValues'"):
+        load_contract("episode")
+    edit(file, "apiVersion: v3.1.0", "apiVersion: v3.0.2")
+    assert "validValues: ['a']" in [note.text for note in load_contract("episode").notes]
+    edit(file, "validValues", "descriptoin")
+    with pytest.raises(ConfigError, match="unknown field 'descriptoin'"):
+        load_contract("episode")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{property: rows, value: T+1}", "{property: row, value: T+1}", "rows is None"),
+        ("{property: rows, value: T+1}", "{property: rows, value: T1}", "rows is 'T1'"),
+        ("{property: dimension,", "{property: rows,", "'rows' stands twice"),
+        ("physicalType: float32", "physicalType: flaot32", "no type 'flaot32'"),
+        ("values: [0, 1]", "values: [0, 1, 1]", "stands twice"),
+    ],
+)
+def test_what_would_refuse_every_episode_or_says_a_thing_twice_is_refused(
+    edited: Path, old: str, new: str, message: str
+) -> None:
+    edit(edited / "transition.odcs.yaml", old, new)
+    with pytest.raises(ConfigError, match=message):
+        load_contract("episode")
+
+
+def test_a_tolerance_in_scientific_notation_is_a_number(edited: Path) -> None:
+    edit(edited / "transition.odcs.yaml", "tolerance: 0.00001", "tolerance: 1e-5")
+    assert load_contract("episode").rule("action-limits").parameters["tolerance"] == 1e-5

@@ -32,6 +32,8 @@ from safetensors.numpy import load_file, save_file
 
 from data_contracts.contract import FOLDER
 from flows.cli import app, guarded
+from flows.demo import _started
+from flows.online_learner import read_rows
 from flows.stages.__main__ import main as stage
 from flows.stages.common import BUFFER, CHECKPOINT, DEMONSTRATIONS, OFFLINE, PLAY, QUARANTINE, ROLLOUTS, SFT
 from infra.coordinator import Coordinator
@@ -178,7 +180,39 @@ def test_the_pipeline_sets_bad_episodes_aside_with_their_reasons_and_loses_none(
         assert encode(kept) == encode(episode)
     assert stage(["buffer"]) == 0
     held = {episode.episode_id for episode in read_buffer(BUFFER)}
+    listed = (QUARANTINE / "quarantine.json").read_text()
+    one_more = json.dumps([*json.loads(listed), {"episode_id": min(held), "reasons": []}])
+    for text, code in (
+        ("[]", ConfigError),
+        (one_more, ConfigError),
+        ("[{}]", CorruptDataError),
+        ("", CorruptDataError),
+    ):
+        (QUARANTINE / "quarantine.json").write_text(text)  # the contract decides, not this file
+        assert stage(["buffer"]) == code.exit_code
+        assert {episode.episode_id for episode in read_buffer(BUFFER)} == held
     assert len(held) == 13 and len(refused) == 4 and held.isdisjoint(refused)
+
+
+def test_as_few_updates_as_the_parameters_allow_are_a_whole_stage(workspace: Path, make_episode: Make) -> None:
+    path = workspace / "params.yaml"
+    path.write_text(path.read_text().replace("updates: 3000", "updates: 3").replace("early: 1000", "early: 3"))
+    write_buffer([demonstration(make_episode, seed) for seed in range(2)], DEMONSTRATIONS)
+    assert stage(["sft"]) == 0
+    assert json.loads(Path("metrics/sft.json").read_text())["updates"] == 3
+
+
+def test_a_row_that_was_cut_short_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "training.jsonl"
+    path.write_bytes(b'{"update": 20, "a": 0.5}\n{"update": 40, "a"\n[]\n{}\n\xff\n{"update": 60, "a": 1.0}\n{"upda')
+    assert read_rows(path) == [{"update": 20, "a": 0.5}, {"update": 60, "a": 1.0}]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"at": "x"}'])
+def test_a_damaged_note_of_the_start_does_not_stop_the_demo(tmp_path: Path, text: str) -> None:
+    (tmp_path / "started.json").write_text(text)
+    at = _started(tmp_path)
+    assert _started(tmp_path) == at > 1e9
 
 
 # --- contracts --------------------------------------------------------------------------------------------------------

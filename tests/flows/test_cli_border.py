@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import sqlalchemy as sa
 
 from infra.catalog.schema import dead_letters
+from infra.episode import Episode
 from infra.plane import open_catalog
 from infra.settings import load_settings
+from lwd_model.shards import write_buffer
 
 ROOT = Path(__file__).parents[2]
 ODD_HOMES = [
@@ -120,3 +123,41 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m flows.cli snapshots --help | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
     assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("status", "--home", "a", "--home", "b"), "--home"),
+        (("data", "release", "--stage", "a", "--stage", "b"), "--stage"),
+        (("servers", "down", "--data", "a", "--data", "b"), "--data"),
+        (("servers", "up", "--port", "kafka=1", "--port", "kafka=2"), "--port"),
+        (("canary", "--stop", "--once"), "--stop"),
+        (("canary", "--once", "3"), "--once"),
+        (("canary", "--reason", "x"), "--reason"),
+        (("snapshots", "--last", "-5"), "--last"),
+        (("evaluate", "--episodes", "0"), "--episodes"),
+        (("robot", "models", "--seed", "-3"), "--seed"),
+        (("robot", "models", "--pictures", "no/x.png"), "--pictures"),
+    ],
+)
+def test_options_that_contradict_or_mean_nothing_are_refused(
+    tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = lwd(tmp_path, *words)
+    assert done.returncode == 2 and message in done.stderr.decode()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_env_file_is_named_whatever_the_command(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("LWD_POLL_S\n")
+    command = [sys.executable, "-m", "flows.command", "status", "--home", "h"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: .env, line 1") and "Traceback" not in done.stderr
+
+
+def test_a_buffer_is_checked_as_a_whole(tmp_path: Path, make_episode: Callable[..., Episode]) -> None:
+    write_buffer([make_episode(seed, source="play", obs_dim=86) for seed in range(2)], tmp_path / "play")
+    done = lwd(tmp_path, "contracts", "check", "play", "--contract", "offline_buffer")
+    assert done.returncode == 3 and b"buffer-size" in done.stdout and b"2 episodes, refused as a whole" in done.stdout

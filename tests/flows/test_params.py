@@ -36,6 +36,20 @@ def test_the_benchmarks_parameters_are_valid(suite):
         ({"sft": {"updatess": 3}}, "sft.updatess"),
         ({"online": {"operator": 1.5}}, "online.operator"),
         ({"tasks": []}, "tasks"),
+        ({"tasks": ["S1", "S9"]}, "tasks: 'S9'"),
+        ({"tasks": ["S1", "S1"]}, "tasks: one stands twice"),
+        ({"seed": -1}, "seed"),
+        ({"faults": {"planted": True}}, "faults.planted.*switch"),
+        ({"sft": {"refused_max": True}}, "sft.refused_max.*switch"),
+        ({"sft": {"early": 3001}}, "sft.early"),
+        ({"play": {"per_task": 0}}, "play.per_task"),
+        ({"policy": {"preset": "stat"}}, "policy.preset"),
+        ({"policy": {"noise_scale": float("inf")}}, "policy.noise_scale.*finite"),
+        ({"online": {"updates_per_episode": float("inf")}}, "updates_per_episode.*finite"),
+        ({"online": {"learner": {"polcy_lr": 0.1}}}, "online.learner.*'polcy_lr'"),
+        ({"offline": {"learner": {"policy_lr": float("nan")}}}, "offline.learner.*not finite"),
+        ({"offline": {"learner": {"updates": 7}}}, "offline.updates"),
+        ({"online": {"learner": {"tau_base": 0.7}}}, "online.tau_base"),
     ],
 )
 def test_a_wrong_parameter_is_named(tmp_path, change, message):
@@ -44,6 +58,14 @@ def test_a_wrong_parameter_is_named(tmp_path, change, message):
     path.write_text(yaml.safe_dump(merged(base, change)))
     with pytest.raises(ConfigError, match=message):
         load_params(path)
+
+
+def test_a_number_is_read_as_it_was_meant(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace("learner: {} ", "learner: {policy_lr: 1e-3} ").replace("seed: 0\n", "seed: 010\n"))
+    params = load_params(path)
+    assert params.offline.learner == {"policy_lr": 0.001} and params.seed == 10
 
 
 def test_a_missing_file_is_named(tmp_path):

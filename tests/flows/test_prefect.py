@@ -118,6 +118,24 @@ def test_every_named_deployment_is_accepted(tmp_path, monkeypatch):
     assert all(row["work_pool_name"] == "lwd" for row in found.values())
 
 
+def test_variables_of_another_server_do_not_reach_ours(tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs.db"
+    foreign = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{theirs}",
+        "PREFECT_SERVER_API_BASE_PATH": "/elsewhere",
+        "PREFECT_API_SSL_CERT_FILE": str(tmp_path / "none.pem"),
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    Path(".env").write_text("".join(f"{name}={value}\n" for name, value in foreign.items()))
+    for name, value in foreign.items():
+        monkeypatch.setenv(name, value)
+    with prefect_server(tmp_path / "server"):
+        assert not foreign.keys() & os.environ.keys()
+    assert {name: os.environ[name] for name in foreign} == foreign
+    assert not theirs.exists() and (tmp_path / "server" / "prefect.db").exists()
+
+
 def test_a_port_in_use_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with socket.create_server((HOST, 0)) as taken:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "fleet"))
 from deployment import scene_bundle
 
 from data_contracts.shield import default_shield
-from flows import promotion, trials
+from flows import evaluation, promotion, trials
 from flows.deployment import Deployment, deployment
 from flows.evaluation import conditions, evaluate, read_results, write_results
 from flows.gate import GateSpec, Verdict, level_at, load_gate, trace, verdicts
@@ -180,7 +180,9 @@ def test_another_shield_is_another_condition(
     assert open_trial(plane, params, 2, load_gate()).id != before.id
 
 
-def test_results_of_other_conditions_are_not_used(plane: Deployment, params: Params, tmp_path: Path) -> None:
+def test_results_of_other_conditions_are_not_used(
+    plane: Deployment, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = results_of(plane, params, 2, 2)
     path = evaluation_file(plane, 2)
     assert results_of(plane, params, 2, 2) == first
@@ -190,6 +192,8 @@ def test_results_of_other_conditions_are_not_used(plane: Deployment, params: Par
     under = conditions(plane.bundle(2), TASKS, 7)
     assert len(read_results(path, under)) == 4 and read_results(path, conditions(plane.bundle(2), TASKS, 8)) == []
     assert read_results(path, conditions(plane.bundle(3), TASKS, 7)) == []
+    monkeypatch.setattr(evaluation, "default_shield", lambda: default_shield() | {"change": 0.1})
+    assert read_results(path, conditions(plane.bundle(2), TASKS, 7)) == []  # actions pass another shield
     path.write_text("[]")  # of a version that kept no conditions
     assert len(results_of(plane, params, 2, 2)) == 4
 

@@ -83,3 +83,30 @@ def test_the_home_is_named_in_the_environment_or_in_dot_env(tmp_path, monkeypatc
     assert default_home() == load_settings().home == Path("runs/arm")
     monkeypatch.setenv("LWD_HOME", "runs/other")
     assert default_home() == Path("runs/other")
+
+
+@pytest.mark.parametrize("name", ["LWD_CATALOG", "LWD_METRICS_PORT", "LWD_KAFKA_OPTIONS", "LWD_APPROVAL"])
+@pytest.mark.parametrize("place", ["environment", ".env"])
+def test_an_empty_variable_is_none(tmp_path, monkeypatch, name, place):
+    monkeypatch.chdir(tmp_path)
+    if place == ".env":
+        Path(".env").write_text(f"{name}=\n")
+    else:
+        monkeypatch.setenv(name, "")
+    assert load_settings(home=tmp_path) == load_settings(home=tmp_path, approval=False)
+    assert load_settings(home=tmp_path).catalog_url.startswith("sqlite:")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ingest_port: yes", "ingest_port.*switch"),
+        ("micro_batch: on", "micro_batch.*switch"),
+        ("poll_s: .inf", "poll_s.*finite"),
+        ("home: elsewhere", "does not say where it is"),
+    ],
+)
+def test_a_line_of_the_home_s_file_that_means_nothing_is_refused(tmp_path, line, message):
+    (tmp_path / "settings.yaml").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        load_settings(home=tmp_path)

@@ -47,6 +47,19 @@ def test_what_is_no_single_plain_document_is_refused(text: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001), ("-1E5", -1e5), ("1.5e3", 1500.0), (".5", 0.5), ("3.", 3.0), ("0", 0), ("-7", -7),
+        ("1_000", 1000), ("0x1f", 31), (".inf", float("inf")), ("010", "010"), ("1:30", "1:30"), ("1:30.5", "1:30.5"),
+        ("2026-01-05", "2026-01-05"), ("1e", "1e"), ("v1", "v1"), ("true", True),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_that_every_reader_sees(text: str, value: object) -> None:
+    found = parse(f"a: {text}")
+    assert found == {"a": value} and type(found["a"]) is type(value)  # type: ignore[index]
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):

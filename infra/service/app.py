@@ -309,6 +309,7 @@ def make_app(
 
     app = FastAPI(
         title="LWD ingest service", version="1", docs_url=None, redoc_url=None, lifespan=lifespan,
+        redirect_slashes=False,  # to wherever the request's Host says
         description="Robots hand in episodes, follow policies and say that they live. Every call may be repeated.",
     )  # fmt: skip
     app.state.service = service

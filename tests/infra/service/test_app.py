@@ -282,7 +282,8 @@ def test_a_malformed_request_is_named(served: Served, body: Any, named_in: str) 
 
 
 def test_an_unknown_route_is_named(served: Served) -> None:
-    assert served.ask("GET", "/v2/x")[0] == 404
+    for path in ("/v2/x", "/healthz/", "//healthz", "/v1"):
+        assert served.ask("GET", path)[0] == 404
     status, answer, _ = served.ask("DELETE", "/v1/episodes", served.enrol(), b"")
     assert (status, set(answer)) == (405, {"kind", "problem", "fix"})
 
@@ -409,6 +410,31 @@ def test_a_heartbeat_and_a_measurement_are_the_tokens_robots(served: Served) -> 
         assert len(connection.execute(sa.select(measurements)).all()) == 8, "rows of one robot are bounded"
     assert served.ask("POST", "/v1/measurements", token, measured | {"name": "anything"})[0] == 422
     assert served.ask("POST", "/v1/heartbeat", token, beat | {"active_version": 2**40})[0] == 422
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named_in"),
+    [
+        ("heartbeat", {"episodes": "1"}, "episodes"),
+        ("heartbeat", {"episodes": 1.0}, "episodes"),
+        ("heartbeat", {"episodes": True}, "episodes"),
+        ("heartbeat", {"episodes": 1, "details": {"pid": "9" * 4000}}, "pid"),
+        ("heartbeat", {"episodes": 1, "details": {"spool_bytes": "9" * 4000}}, "spool_bytes"),
+        ("heartbeat", {"episodes": 1, "details": {"safety": {"stop": "1"}}}, "safety"),
+        ("heartbeat", {"episodes": 1, "details": {"permitted_until": "nan"}}, "permitted_until"),
+        ("heartbeat", {"episodes": 1, "details": {"permitted_until": "1e999"}}, "permitted_until"),
+        ("heartbeat", {"episodes": 1, "details": {"ended": "yes"}}, "ended"),
+        ("measurements", {"name": "publish_to_active_s", "version": 1, "since": "inf"}, "since"),
+        ("uploads", {"episodes": [named(0, size="9" * 4300)]}, "size"),
+        ("episodes", {"episodes": [named(0, key="k", size="9" * 4300)] * 20}, "size"),
+    ],
+)
+def test_a_number_is_a_number(served: Served, path: str, body: dict[str, Any], named_in: str) -> None:
+    """Text is none: of thousands of digits, or `nan`, it would pass what the JSON's own numbers are held to."""
+    status, answer, _ = served.ask("POST", f"/v1/{path}", served.enrol(), body)
+    assert (status, answer["kind"]) == (422, "ConfigError") and named_in in answer["problem"]
+    with served.plane.catalog.read() as connection:
+        assert connection.execute(sa.select(robots)).all() == []
 
 
 def test_health_says_what_does_not_answer(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,8 @@ class Coordinator:
         dead = [record for record in records if isinstance(record, DeadLetter)]
         settled = self._settled(events)
         fresh = {event.episode_id: event for event in events if _name(event) not in settled}  # each once
-        verdicts = self._examiner.examine(list(fresh.values()))
+        with self.lease.kept():
+            verdicts = self._examiner.examine(list(fresh.values()))
         crashpoint("coordinator.examined")
         try:
             snapshot = self._settle(records, dead, verdicts)

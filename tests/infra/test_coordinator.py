@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +219,23 @@ def test_a_stale_coordinator_cannot_write(plane: Plane, monkeypatch: pytest.Monk
     drain(other)
     assert members(plane) == {1, 2}
     assert plane.snapshots.verify() == 2
+
+
+def test_an_examination_longer_than_the_lease_keeps_it(plane: Plane) -> None:
+    """Else an episode that takes long goes from one coordinator to the other for ever, and those behind it wait."""
+    plane.submit(example_episode(1))
+    standby = coordinator(plane, holder="second:2", lease_s=1.0)
+
+    def long(episode: Episode) -> Sequence[Violation]:
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            with pytest.raises(LeaseLostError, match="held by first:1"):
+                standby.step()
+            time.sleep(0.05)
+        return []
+
+    assert coordinator(plane, long, holder="first:1", lease_s=1.0).step() == 1
+    assert members(plane) == {1}
 
 
 @pytest.mark.parametrize("skew", [-3600.0, 3600.0])

@@ -93,8 +93,8 @@ def read_npy(payload: bytes) -> npt.NDArray[Any]:
     """The array of an npy file of version 1.0 as `numpy.save` writes it for numbers; in C order, with its own memory.
 
     Raises:
-        MalformedError: another version, a header of other words, a dtype that is none, or fewer or more bytes than the
-            shape has.
+        MalformedError: another version, a header of other words, a dtype that is none, fewer or more bytes than the
+            shape has, or a truth value of another byte than 0 and 1, which libraries take for different things.
     """
     if payload[:8] != _NPY_MAGIC or len(payload) < 10:
         raise MalformedError("not an npy file of version 1.0")
@@ -116,6 +116,8 @@ def read_npy(payload: bytes) -> npt.NDArray[Any]:
         array = flat.reshape(shape[::-1]).T if header[2] == b"True" else flat.reshape(shape)
     except (ValueError, OverflowError) as error:  # more dimensions than numpy has, or sizes beyond its integers
         raise MalformedError(f"shape {shape}: {error}") from error
+    if dtype.kind == "b" and (flat.view(np.uint8) > 1).any():
+        raise MalformedError("a truth value is neither 0 nor 1")
     return np.array(array, order="C")
 
 

@@ -204,6 +204,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "npy version 3": (
         lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 5), }\n", version=b"\x03\x00"), "1.0",
     ),
+    "truth values of 255": (
+        lambda: hostile.with_array(EPISODE, "intervention", np.full(4, 255, np.uint8).view(bool)), "neither 0 nor 1",
+    ),
     "bytes behind the array": (
         lambda: hostile.packed(EPISODE.episode_id, PARTS | {"rewards.npy": PARTS["rewards.npy"] + b"x"}),
         "bytes are not",

@@ -329,6 +329,19 @@ def test_a_robot_holds_no_more_uncommitted_bytes_than_it_may(tmp_path: Path) -> 
         assert "url" in offer(served, token, named(2))[0]
 
 
+def test_an_upload_that_is_repeated_counts_again(tmp_path: Path) -> None:
+    """Else one permit fills the service's disk: each of its uploads waits there until it is whole."""
+    size = len(DATA[0]) / 2**20
+    with serving(tmp_path, robot_episodes_per_min=6000, robot_mib_per_min=3.5 * size) as served:
+        token = served.enrol()
+        (place,) = offer(served, token, named(0))
+        answers = [served.ask("PUT", place["url"], token, DATA[0]) for _ in range(6)]
+        assert [status for status, _, _ in answers] == [201] * 3 + [429] * 3
+        assert int(answers[-1][2]["Retry-After"]) > 0
+        upload(served, served.enrol("other"), 1)
+        assert commit(served, token, named(0, key=place["key"])) == [{"status": "committed"}]
+
+
 def test_permits_are_few_and_one_that_asks_for_many_waits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incoming, "PERMITS_MAX", 10)
     token = served.enrol()

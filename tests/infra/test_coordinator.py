@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -260,6 +261,29 @@ def test_an_event_without_its_row_is_passed_over(plane: Plane) -> None:
     plane.submit(example_episode(2))
     drain(coordinator(plane))
     assert members(plane) == {2} and held(plane) == {}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"robot_id": "r1"},
+        {"schema_version": 7},
+        {"key": f"episodes/00/{'0' * 64}.tar"},
+        {"size": 2**62},
+        {"trace_id": ""},
+    ],
+    ids=str,
+)
+def test_what_the_log_says_beside_the_name_of_an_episode_is_not_believed(plane: Plane, lie: dict[str, Any]) -> None:
+    """Whoever can write to the broker could else have an honest episode refused."""
+
+    class Forged(OutboxLog):
+        def poll(self, consumer: str, max_events: int) -> list[Event | DeadLetter]:
+            return [replace(event, **lie) for event in super().poll(consumer, max_events)]  # type: ignore[type-var]
+
+    plane.submit(example_episode(1))
+    drain(coordinator(plane, events=Forged(plane.catalog)))
+    assert members(plane) == {1} and held(plane) == {}
 
 
 # --- dead letters -----------------------------------------------------------------------------------------------------

@@ -109,6 +109,8 @@ def read_npy(payload: bytes) -> npt.NDArray[Any]:
     if dtype.hasobject or dtype.itemsize == 0:
         raise MalformedError(f"dtype {dtype} is not a number")
     shape = tuple(int(size) for size in header[3].decode().replace(",", " ").split())
+    if max(shape, default=0) > len(payload):  # of no bytes, and with rows for whoever goes through them for ever
+        raise MalformedError(f"{len(payload) - end} bytes are no array of shape {shape}")
     if math.prod(shape) * dtype.itemsize != len(payload) - end:
         raise MalformedError(f"{len(payload) - end} bytes are not {dtype} of shape {shape}")
     try:

@@ -185,7 +185,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "objects": (lambda: hostile.with_array(EPISODE, "actions", np.array([{}], object)), "not a number"),
     "a structure": (lambda: hostile.with_array(EPISODE, "actions", np.zeros(3, "<f4,<i2")), "numpy.save writes for"),
     "a shape of terabytes": (
-        lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 5), }\n"), "0 bytes are not",
+        lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 5), }\n"), "0 bytes are no",
+    ),
+    "a million million rows of nothing": (
+        lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999, 0), }\n"), "no array of",
     ),
     "a shape of 64 digits": (
         lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (%s, 5), }\n" % (b"9" * 64)), "header",

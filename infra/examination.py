@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 from infra.errors import ConfigError, LwdError, UnavailableError, shown
 from infra.judge import Announced, BatchCheck, Check, Judgement, Reason, judge, judge_together, reason, refused
-from infra.process import die_with_parent, load_callable
+from infra.process import console_of, die_with_parent, load_callable
 
 log = logging.getLogger(__name__)
 TRIES = 2  # of an episode, each by a fresh process after the first failed
@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # its end is the coordinator's to say
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(options.parent, signal.SIGKILL)
-    logging.basicConfig(format="examination: %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger().addHandler(console_of("examination"))
     connection = socket.socket(fileno=options.socket)
     loaded: list[Callable[..., Any] | None] = []
     try:

@@ -36,7 +36,7 @@ def check(episode: Episode) -> Sequence[Violation]:
     if what == 5:
         return [Violation("odd", "warn", str(os.getpid()))]
     if what == 6:
-        raise ZeroDivisionError("in the check")
+        raise ZeroDivisionError("in the check" + "x" * 2**20)
     return []
 
 

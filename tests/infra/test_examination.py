@@ -30,7 +30,9 @@ def own() -> Iterator[OwnProcess]:
     process.close()
 
 
-def test_what_kills_or_stalls_the_process_is_refused_and_the_rest_goes_on(plane: Plane, own: OwnProcess) -> None:
+def test_what_kills_or_stalls_the_process_is_refused_and_the_rest_goes_on(
+    plane: Plane, own: OwnProcess, capfd: pytest.CaptureFixture[str]
+) -> None:
     for number in (0, 1, 2, 3, 6, 8):
         plane.submit(example_episode(number))
     drain(coordinator(plane, own, micro_batch=3))  # type: ignore[arg-type]
@@ -41,6 +43,7 @@ def test_what_kills_or_stalls_the_process_is_refused_and_the_rest_goes_on(plane:
     assert "SIGKILL" in found[2][1]
     assert "examine_mib" in found[3][1]
     assert "ZeroDivisionError" in found[6][1]
+    assert len(capfd.readouterr().err) < 20_000, "the megabyte that an error says"
 
 
 def test_one_death_is_not_the_episodes_fault_and_one_process_serves_many(

@@ -40,6 +40,15 @@ def check(episode: Episode) -> Sequence[Violation]:
     return []
 
 
+_kept: list[np.ndarray] = []
+
+
+def forgetful(episode: Episode) -> Sequence[Violation]:
+    """Gives no memory back."""
+    _kept.append(np.ones(2**23))
+    return []
+
+
 def batch_check(episodes: Sequence[Episode]) -> dict[str, list[Violation]]:
     """Ends the process where episode 7 is among them."""
     if any(int(episode.episode_id, 16) == 7 for episode in episodes):

@@ -60,6 +60,18 @@ def test_one_death_is_not_the_episodes_fault_and_one_process_serves_many(
     assert len(rows) == 3 and len(set(rows)) == 1, "one process"
 
 
+def test_memory_that_others_took_is_not_the_episodes_fault(plane: Plane) -> None:
+    """Each leaves 64 MiB in use, of 160 that one may take."""
+    own = OwnProcess("harmful_checks:forgetful", memory_mib=160)
+    try:
+        for number in range(6):
+            plane.submit(example_episode(number))
+        drain(coordinator(plane, own))  # type: ignore[arg-type]
+    finally:
+        own.close()
+    assert members(plane) == set(range(6)) and held(plane) == {}
+
+
 def test_the_batch_check_too_refuses_only_whom_it_does_not_survive(plane: Plane) -> None:
     own = OwnProcess("harmful_checks:check", "harmful_checks:batch_check", seconds=5.0)
     try:

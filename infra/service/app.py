@@ -262,6 +262,7 @@ def policy_base(sha256: str, robot: Robot, service: Shared) -> Response:
 @v1.post("/heartbeat", status_code=204)
 def heartbeat(body: Beat, robot: Robot, service: Shared) -> None:
     """Tell that this robot lives."""
+    service.limits.request(robot.robot_id, "heartbeats")
     service.backend.heartbeat(robot.robot_id, robot.cohort, body.heartbeat())
 
 

@@ -15,6 +15,7 @@ from infra.catalog.schema import outbox
 from infra.errors import UnavailableError
 
 REQUESTS_PER_S, NOTES_PER_MIN = 100.0, 60.0  # of one robot: requests of any kind, measurements
+BEATS_PER_S = 5.0  # heartbeats: each writes, and writers of the catalog wait for each other
 _LOOK_S = 0.5  # between two looks at the backlog
 _SAMPLE = 32
 _ROBOTS = 4096  # whose buckets are kept
@@ -86,6 +87,7 @@ class RobotLimits:
             "bytes": (mib_per_min * 2**20 / 60, mib_per_min * 2**20),
             "requests": (REQUESTS_PER_S, 4 * REQUESTS_PER_S),
             "notes": (NOTES_PER_MIN / 60, NOTES_PER_MIN),
+            "heartbeats": (BEATS_PER_S, 20 * BEATS_PER_S),
         }
         self._clock = clock
         self._buckets: dict[tuple[str, str], TokenBucket] = {}
@@ -102,7 +104,7 @@ class RobotLimits:
             return wait
 
     def request(self, robot_id: str, kind: str = "requests") -> None:
-        """Count a request; `kind` is `requests` or `notes`.
+        """Count a request; `kind` is `requests`, `notes` or `heartbeats`.
 
         Raises:
             LaterError: there were too many.

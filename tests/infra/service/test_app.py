@@ -381,6 +381,17 @@ def test_a_robot_over_its_rate_waits_and_the_others_do_not(tmp_path: Path) -> No
         assert "url" in offer(served, served.enrol("other"), named(2))[0]
 
 
+def test_heartbeats_of_one_robot_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each writes: one robot's would keep the commits of all the others waiting."""
+    monkeypatch.setattr(limits, "BEATS_PER_S", 0.05)
+    with serving(tmp_path) as slow:
+        token = slow.enrol()
+        answers = [slow.ask("POST", "/v1/heartbeat", token, {"episodes": 1})[0] for _ in range(12)]
+        assert answers[0] == 204 and 429 in answers
+        assert slow.ask("GET", "/v1/announcements", token)[0] == 200
+        assert slow.ask("POST", "/v1/heartbeat", slow.enrol("other"), {"episodes": 1})[0] == 204
+
+
 def test_new_episodes_wait_while_the_coordinator_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_LOOK_S", 0.0)
     with serving(tmp_path, unsettled_max=1) as served:

@@ -381,6 +381,20 @@ def test_a_robot_over_its_rate_waits_and_the_others_do_not(tmp_path: Path) -> No
         assert "url" in offer(served, served.enrol("other"), named(2))[0]
 
 
+@pytest.mark.parametrize("path", ["uploads", "episodes", "episodes/status"])
+def test_a_request_of_many_episodes_counts_as_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(limits, "REQUESTS_PER_S", 5.0)
+    with serving(tmp_path, robot_episodes_per_min=6000) as slow:
+        token = slow.enrol()
+        body = {"episodes": [named(0, key="k", episode_id=f"{number:032x}") for number in range(MAX_BATCH)]}
+        answers = [slow.ask("POST", f"/v1/{path}", token, body) for _ in range(8)]
+        assert answers[0][0] == 200 and "requests of robot r0" in str(
+            [text for code, text, _ in answers if code == 429]
+        )
+
+
 def test_heartbeats_of_one_robot_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each writes: one robot's would keep the commits of all the others waiting."""
     monkeypatch.setattr(limits, "BEATS_PER_S", 0.05)

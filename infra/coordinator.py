@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import sqlalchemy as sa
@@ -42,6 +43,7 @@ from infra.telemetry.catalog_metrics import CatalogMetrics, times_of
 
 log = logging.getLogger(__name__)
 CONSUMER = "coordinator"
+_CLAIM = ("robot_id", "key", "size", "schema_version", "trace_id")  # of an event, beside its name
 INFLUENCE_FROM = 100  # episodes of a snapshot from which on one robot's share is limited
 
 
@@ -104,9 +106,9 @@ class Coordinator:
         began = time.time()
         events = [record for record in records if isinstance(record, Event)]
         dead = [record for record in records if isinstance(record, DeadLetter)]
-        settled = self._settled(events)
-        fresh = {event.episode_id: event for event in events if _name(event) not in settled}  # each once
-        verdicts = self._examiner.examine(list(fresh.values()))
+        fresh = self._fresh(events)
+        with self.lease.kept():
+            verdicts = self._examiner.examine(fresh)
         crashpoint("coordinator.examined")
         try:
             snapshot = self._settle(records, dead, verdicts)
@@ -206,11 +208,23 @@ class Coordinator:
             except LwdError as error:
                 log.warning("the lease was not released: %s", error.problem)
 
-    def _settled(self, events: Sequence[Event]) -> set[tuple[str, str]]:
-        """(id, sha256) of the events that need no look: accepted or refused before, or announced in error."""
+    def _fresh(self, events: Sequence[Event]) -> list[Event]:
+        """The events that need a look, each once: neither accepted or refused before, nor announced in error.
+
+        Of an event its name alone is believed. The rest is what was committed: whoever can write to the log could else
+        have an honest episode refused, for a robot or a version that it is not of.
+        """
+        asked = {_name(event): event for event in events}
         with self._catalog.read() as connection:
-            found = standings(connection, [_name(event) for event in events])
-        return {name for name, standing in found.items() if standing.accounted or not standing.committed}
+            found = standings(connection, asked)
+            fresh = {
+                event.episode_id: event
+                for name, event in asked.items()
+                if found[name].committed and not found[name].accounted
+            }
+            rows = connection.execute(sa.select(episodes).where(episodes.c.episode_id.in_(fresh))).all()
+        claims = {row.episode_id: {name: getattr(row, name) for name in _CLAIM} for row in rows}
+        return [replace(event, **claims[episode_id]) for episode_id, event in fresh.items()]
 
     def _bury(self, connection: sa.Connection, letters: Sequence[DeadLetter]) -> None:
         for letter in letters:

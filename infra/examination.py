@@ -2,7 +2,8 @@
 
 A regular expression, a parser or an allocation may take for ever on crafted bytes, and no exception ends it. So the
 coordinator has this done by a process that it can kill. The process stays from one episode to the next. An episode that
-ends it twice, or twice is not done in time, is refused, and the next is read by a fresh process. Its answers are JSON
+ends it twice, or twice is not done in time, is refused, and the next is read by a fresh process; so is one for which
+there is no memory, since those before it may have left some in use. Its answers are JSON
 and no pickle: nothing that it sends is run by the coordinator.
 
     python -m infra.examination --socket 7 --check data_contracts.checks:default_check --parent 4711
@@ -27,8 +28,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from infra.errors import ConfigError, LwdError, UnavailableError, shown
-from infra.judge import Announced, BatchCheck, Check, Judgement, Reason, judge, judge_together, reason, refused
-from infra.process import die_with_parent, load_callable
+from infra.judge import (
+    OUT_OF_MEMORY,
+    Announced,
+    BatchCheck,
+    Check,
+    Judgement,
+    Reason,
+    judge,
+    judge_together,
+    reason,
+    refused,
+)
+from infra.process import console_of, die_with_parent, load_callable
 
 log = logging.getLogger(__name__)
 TRIES = 2  # of an episode, each by a fresh process after the first failed
@@ -146,16 +158,16 @@ class OwnProcess:
             self._process = None
 
     def _ask(self, request: dict[str, Any], objects: Sequence[bytes], seconds: float) -> Any:
-        lost = _Lost("", "", "")
+        answer: Any = None
         for _ in range(TRIES):
-            connection = self._started()
-            answer = self._exchange(connection, request, objects, seconds)
-            if not isinstance(answer, _Lost):
+            is_fresh = self._socket is None
+            answer = self._exchange(self._started(), request, objects, seconds)
+            if isinstance(answer, _Lost):
+                log.warning("the examination is started again: %s", answer.message)
+            elif is_fresh or not _is_out_of_memory(answer):
                 return answer
-            lost = answer
-            log.warning("the examination is started again: %s", lost.message)
             self.close()
-        return lost
+        return answer
 
     def _exchange(
         self, connection: socket.socket, request: dict[str, Any], objects: Sequence[bytes], seconds: float
@@ -207,6 +219,10 @@ class OwnProcess:
             self.close()
             raise ConfigError(str(answer["problem"]), str(answer["fix"]))
         return ours
+
+
+def _is_out_of_memory(answer: dict[str, Any]) -> bool:
+    return any(one["rule"] == OUT_OF_MEMORY for one in answer.get("reasons", ()))
 
 
 def _end(process: subprocess.Popen[bytes] | None, error: Exception) -> str:
@@ -315,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # its end is the coordinator's to say
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(options.parent, signal.SIGKILL)
-    logging.basicConfig(format="examination: %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger().addHandler(console_of("examination"))
     connection = socket.socket(fileno=options.socket)
     loaded: list[Callable[..., Any] | None] = []
     try:

@@ -77,7 +77,7 @@ class Claim:
             version = SCHEMA_VERSION
         if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**31:
             raise ConfigError(f"meta field 'schema_version' is {named(version)}", fix)
-        if produced is not None and not _is_time(produced):
+        if produced is not None and not is_time(produced):
             raise ConfigError(f"meta field 'produced_at' is {named(produced)}", fix)
         if trace is not None and not (isinstance(trace, str) and 0 < len(trace) <= 64 and trace.isprintable()):
             raise ConfigError(f"meta field 'trace_id' is {named(trace)}", fix)
@@ -90,7 +90,7 @@ class Claim:
         return {name: getattr(self, name) for name in names} | {"key": episode_key(self.sha256)}
 
 
-def _is_time(value: object) -> TypeGuard[int | float]:
+def is_time(value: object) -> TypeGuard[int | float]:
     """A wall clock's time between 1970 and 2100: beyond it, nothing that computes with times can be relied on."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LATEST_CLOCK
 

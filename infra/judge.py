@@ -15,6 +15,7 @@ from infra.errors import CorruptDataError, named, shown
 
 log = logging.getLogger(__name__)
 _TOLD = ("task", "source", "outcome", "policy_version", "steps")  # of an episode, to the catalog
+OUT_OF_MEMORY = "memory budget"  # a rule's id
 _MEMORY = "it takes more memory than the setting examine_mib allows"
 _MAX_WORD = 64  # characters of a rule's id, of a severity, and of a kind of safety event
 _MAX_KINDS = 32  # of safety events that one episode tells of
@@ -120,7 +121,7 @@ def judge(data: bytes, event: Announced, check: Check, *, decoded: Callable[[], 
     except CorruptDataError as error:
         return refused("decode", "format", error.problem)
     except MemoryError:
-        return refused("decode", "memory budget", _MEMORY)
+        return refused("decode", OUT_OF_MEMORY, _MEMORY)
     except Exception as error:  # whatever crafted bytes provoke: the next event must still be read
         return refused("decode", "format", _failure("the reader failed", error))
     for name in ("episode_id", "robot_id", "schema_version"):
@@ -135,7 +136,7 @@ def judge(data: bytes, event: Announced, check: Check, *, decoded: Callable[[], 
         if safety := safety_of(episode.extra):
             told["safety"] = safety
     except MemoryError:
-        return refused("contract", "memory budget", _MEMORY)
+        return refused("contract", OUT_OF_MEMORY, _MEMORY)
     except Exception as error:  # a check that breaks accepts nothing; Ingest.release() tries again
         log.exception("check failed on %s", event.episode_id)
         return refused("contract", "check", _failure("the check itself failed", error))

@@ -206,6 +206,14 @@ class _LogFile(logging.FileHandler):
                 print(f"{self.baseFilename}: {self._failed} log lines could not be written", file=sys.stderr)
 
 
+def console_of(name: str) -> logging.Handler:
+    """Shows warnings on stderr, each capped."""
+    console = logging.StreamHandler()
+    console.setFormatter(_Line(f"{name}: %(levelname)s %(message)s"))
+    console.setLevel(logging.WARNING)
+    return console
+
+
 def log_to(folder: Path, name: str, level: int = logging.INFO, *, flood: FloodFilter | None = None) -> Path:
     """Send this process's log to `<folder>/<name>.jsonl`, warnings to stderr too; returns the file.
 
@@ -214,12 +222,10 @@ def log_to(folder: Path, name: str, level: int = logging.INFO, *, flood: FloodFi
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
-    file, console = _LogFile(path), logging.StreamHandler()
+    file, console = _LogFile(path), console_of(name)
     for handler in (file, console) if flood is not None else ():
         handler.addFilter(cast(logging.Filter, flood))
     file.setFormatter(JsonLines())
-    console.setFormatter(_Line(f"{name}: %(levelname)s %(message)s"))
-    console.setLevel(logging.WARNING)
     root = logging.getLogger()
     root.handlers[:] = [file, console]
     root.setLevel(level)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -25,7 +24,7 @@ from infra.crashpoints import crashpoint
 from infra.episode import Episode, decode
 from infra.errors import ConfigError, CorruptDataError, LwdError
 from infra.events import announce
-from infra.ingest import MAX_OBJECT_BYTES, Claim, Ingest
+from infra.ingest import MAX_OBJECT_BYTES, Claim, Ingest, is_time
 from infra.objects import ObjectInfo, ObjectStore, UnreadableError, episode_key
 
 log = logging.getLogger(__name__)
@@ -146,9 +145,9 @@ def _decoded(data: bytes, key: str) -> Episode:
 
 
 def _produced_at(episode: Episode) -> float | None:
-    """When the episode ended, by its robot's clock, where it says so."""
+    """When the episode ended, by its robot's clock, where it says a time that a claim may have."""
     try:
         at = float(episode.started_at) + float(episode.timestamps[-1])
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
-    return at if math.isfinite(at) else None
+    return at if is_time(at) else None

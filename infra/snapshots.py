@@ -18,7 +18,8 @@ import sqlalchemy as sa
 from infra.catalog import Catalog, dialect
 from infra.catalog.schema import collections, episodes, quarantine, revocations, robots, snapshot_episodes, snapshots
 from infra.crashpoints import crashpoint
-from infra.errors import ConfigError, CorruptDataError
+from infra.episode import MAX_REASON_CHARS
+from infra.errors import ConfigError, CorruptDataError, shown
 
 EMPTY_DIGEST = hashlib.sha256(b"lwd snapshot 0").hexdigest()
 _BATCH = 500  # parameters of one IN (...)
@@ -231,7 +232,9 @@ def append(
     Args:
         added: rows of `snapshot_episodes` without `added`; an id that was ever in a snapshot is left as it is (I2).
         removed: ids of current members; they go to quarantine with `reason` and `stage` (I1).
+        reason: kept in a form that every database takes; it may repeat what an episode says.
     """
+    reason = shown(reason, MAX_REASON_CHARS)
     parent = current(connection)
     version = parent.version + 1
     fresh = [row for row in added if dialect.insert_if_absent(connection, snapshot_episodes, {**row, "added": version})]

@@ -93,8 +93,8 @@ def read_npy(payload: bytes) -> npt.NDArray[Any]:
     """The array of an npy file of version 1.0 as `numpy.save` writes it for numbers; in C order, with its own memory.
 
     Raises:
-        MalformedError: another version, a header of other words, a dtype that is none, or fewer or more bytes than the
-            shape has.
+        MalformedError: another version, a header of other words, a dtype that is none, fewer or more bytes than the
+            shape has, or a truth value of another byte than 0 and 1, which libraries take for different things.
     """
     if payload[:8] != _NPY_MAGIC or len(payload) < 10:
         raise MalformedError("not an npy file of version 1.0")
@@ -109,6 +109,8 @@ def read_npy(payload: bytes) -> npt.NDArray[Any]:
     if dtype.hasobject or dtype.itemsize == 0:
         raise MalformedError(f"dtype {dtype} is not a number")
     shape = tuple(int(size) for size in header[3].decode().replace(",", " ").split())
+    if max(shape, default=0) > len(payload):  # of no bytes, and with rows for whoever goes through them for ever
+        raise MalformedError(f"{len(payload) - end} bytes are no array of shape {shape}")
     if math.prod(shape) * dtype.itemsize != len(payload) - end:
         raise MalformedError(f"{len(payload) - end} bytes are not {dtype} of shape {shape}")
     try:
@@ -116,6 +118,8 @@ def read_npy(payload: bytes) -> npt.NDArray[Any]:
         array = flat.reshape(shape[::-1]).T if header[2] == b"True" else flat.reshape(shape)
     except (ValueError, OverflowError) as error:  # more dimensions than numpy has, or sizes beyond its integers
         raise MalformedError(f"shape {shape}: {error}") from error
+    if dtype.kind == "b" and (flat.view(np.uint8) > 1).any():
+        raise MalformedError("a truth value is neither 0 nor 1")
     return np.array(array, order="C")
 
 

@@ -14,10 +14,14 @@ Taking a lease too early costs a change of hands and no more: the token keeps th
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,6 +31,7 @@ from infra.catalog.schema import leases
 from infra.catalog.store import Catalog
 from infra.errors import LeaseLostError
 
+log = logging.getLogger(__name__)
 SLACK_S = 5.0  # clocks that are kept in step differ by less
 
 
@@ -92,11 +97,35 @@ class Lease:
         values = {"expires_at": now + self.seconds, "seconds": self.seconds}
         connection.execute(leases.update().where(leases.c.name == self.name).values(values))
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While the block runs, a thread renews the lease: for work that may take longer than the lease lasts, which
+        two processes would else take from each other, again and again. `guard` says afterwards whether it was kept.
+        """
+        done = threading.Event()
+        thread = threading.Thread(target=self._keep, args=(done,), name=f"{self.name}-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def release(self) -> None:
         """Let another process take over at once; nothing happens if the lease is not held."""
         with self._catalog.begin() as connection:
             mine = sa.and_(leases.c.name == self.name, leases.c.holder == self.holder, leases.c.token == self.token)
             connection.execute(leases.update().where(mine).values(expires_at=0.0))
+
+    def _keep(self, done: threading.Event) -> None:
+        while not done.wait(self.seconds / 3):
+            try:
+                with self._catalog.begin() as connection:
+                    self.guard(connection)
+            except LeaseLostError:
+                return
+            except Exception as error:  # a database that is away: nobody can take the lease meanwhile either
+                log.warning("the %s lease could not be renewed: %s", self.name, error)
 
     def _watch(self, row: sa.Row[Any]) -> None:
         state = (row.holder, row.token, row.expires_at)

@@ -176,6 +176,7 @@ v1 = APIRouter(prefix="/v1", responses=_problems)
 @v1.post("/uploads", response_model_exclude_none=True)
 def uploads(body: Offer, robot: Robot, service: Shared) -> Places:
     """Ask where finished episodes may be uploaded to. Those that are known already need no upload."""
+    service.limits.named(robot.robot_id, len(body.episodes))
     began = time.monotonic()
     places = service.desk.offer(robot, body.episodes)
     granted, known = sum(place.url is not None for place in places), sum(place.status is not None for place in places)
@@ -201,6 +202,7 @@ async def put_object(key: str, request: Request, robot: Robot, service: Shared) 
 @v1.post("/episodes", response_model_exclude_none=True)
 async def commit(body: Commit, robot: Robot, service: Shared) -> Outcomes:
     """Commit uploaded episodes. The service verifies them from the store itself; each one's answer is its own."""
+    service.limits.named(robot.robot_id, len(body.episodes))
     if service.commits >= _COMMITS_MAX:
         raise LaterError("too many commits wait for the store", "try again", 503, 1.0)
     began = time.monotonic()
@@ -218,6 +220,7 @@ async def commit(body: Commit, robot: Robot, service: Shared) -> Outcomes:
 @v1.post("/episodes/status")
 def statuses(body: Question, robot: Robot, service: Shared) -> Statuses:
     """Where episodes with these bytes are. A spool may delete one at `snapshot` or `quarantined`."""
+    service.limits.named(robot.robot_id, len(body.episodes))
     return Statuses(statuses=service.backend.statuses([(item.episode_id, item.sha256) for item in body.episodes]))
 
 
@@ -262,6 +265,7 @@ def policy_base(sha256: str, robot: Robot, service: Shared) -> Response:
 @v1.post("/heartbeat", status_code=204)
 def heartbeat(body: Beat, robot: Robot, service: Shared) -> None:
     """Tell that this robot lives."""
+    service.limits.request(robot.robot_id, "heartbeats")
     service.backend.heartbeat(robot.robot_id, robot.cohort, body.heartbeat())
 
 
@@ -309,6 +313,7 @@ def make_app(
 
     app = FastAPI(
         title="LWD ingest service", version="1", docs_url=None, redoc_url=None, lifespan=lifespan,
+        redirect_slashes=False,  # to wherever the request's Host says
         description="Robots hand in episodes, follow policies and say that they live. Every call may be repeated.",
     )  # fmt: skip
     app.state.service = service

@@ -120,6 +120,7 @@ class Desk:
         Raises:
             ConfigError: the key is not one of the robot's own, or not as many bytes were announced.
             UnavailableError: it was not permitted, or too long ago.
+            LaterError: it was uploaded before, and once more is over the robot's rate.
         """
         if not re.fullmatch(rf"incoming/{re.escape(robot.robot_id)}/[0-9a-f]{{32}}-[0-9a-f]{{8}}\.tar", key):
             raise _foreign(robot, key)
@@ -131,6 +132,9 @@ class Desk:
                 f"the upload to {key} has {length} bytes, announced were {permit.claim.size}",
                 "announce what you send",
             )
+        if not self._incoming.begin(robot.robot_id, key) and (wait := self._limits.upload(robot.robot_id, length)):
+            metrics.THROTTLED.inc(robot=robot.robot_id, kind="quota")
+            raise over_rate(f"uploads of robot {robot.robot_id}", wait)
 
     async def receive(
         self, stream: AsyncIterable[bytes], length: int, store: Callable[[Path], Awaitable[object]]

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from infra.errors import LwdError
 from infra.ingest import Claim
@@ -30,6 +30,7 @@ class Permit:
 
     claim: Claim
     until: float
+    begun: bool = False  # an upload
 
 
 @dataclass
@@ -94,6 +95,15 @@ class Incoming:
         with self._lock:
             permit = self._areas.get(robot_id, _Area()).permits.get(key)
         return permit if permit is not None and permit.until >= time.monotonic() else None
+
+    def begin(self, robot_id: str, key: str) -> bool:
+        """An upload to a permitted key begins; whether it is the first: what the permit was asked for with."""
+        with self._lock:
+            permits = self._areas.get(robot_id, _Area()).permits
+            permit = permits.get(key)
+            if permit is not None:
+                permits[key] = replace(permit, begun=True)
+        return permit is not None and not permit.begun
 
     def open(self, robot_id: str) -> Sequence[Claim]:
         """The episodes for which the robot has permits."""

@@ -15,6 +15,8 @@ from infra.catalog.schema import outbox
 from infra.errors import UnavailableError
 
 REQUESTS_PER_S, NOTES_PER_MIN = 100.0, 60.0  # of one robot: requests of any kind, measurements
+EPISODES_A_REQUEST = 8  # named in one: more of them count as more requests
+BEATS_PER_S = 5.0  # heartbeats: each writes, and writers of the catalog wait for each other
 _LOOK_S = 0.5  # between two looks at the backlog
 _SAMPLE = 32
 _ROBOTS = 4096  # whose buckets are kept
@@ -86,6 +88,7 @@ class RobotLimits:
             "bytes": (mib_per_min * 2**20 / 60, mib_per_min * 2**20),
             "requests": (REQUESTS_PER_S, 4 * REQUESTS_PER_S),
             "notes": (NOTES_PER_MIN / 60, NOTES_PER_MIN),
+            "heartbeats": (BEATS_PER_S, 20 * BEATS_PER_S),
         }
         self._clock = clock
         self._buckets: dict[tuple[str, str], TokenBucket] = {}
@@ -101,16 +104,24 @@ class RobotLimits:
                 data.take(size)
             return wait
 
-    def request(self, robot_id: str, kind: str = "requests") -> None:
-        """Count a request; `kind` is `requests` or `notes`.
+    def request(self, robot_id: str, kind: str = "requests", amount: float = 1.0) -> None:
+        """Count a request, or `amount` of them; `kind` is `requests`, `notes` or `heartbeats`.
 
         Raises:
             LaterError: there were too many.
         """
         with self._lock:
-            wait = self._bucket(robot_id, kind).take(1)
+            wait = self._bucket(robot_id, kind).take(amount)
         if wait:
             raise over_rate(f"{kind} of robot {robot_id}", wait)
+
+    def named(self, robot_id: str, episodes: int) -> None:
+        """Count what a request names beside itself.
+
+        Raises:
+            LaterError: there was too much.
+        """
+        self.request(robot_id, amount=episodes / EPISODES_A_REQUEST)
 
     def _bucket(self, robot_id: str, kind: str) -> TokenBucket:
         if len(self._buckets) >= _ROBOTS * len(self._caps):

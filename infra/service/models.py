@@ -9,6 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from infra.edge.server import MAX_BATCH, Heartbeat, Latency, Status
 from infra.policy.permission import Role
 
+
+class _Asked(BaseModel):
+    """What a robot sends. Its JSON's numbers are numbers: text that pydantic would take for one, of thousands of digits
+    or `nan`, was never seen by `strict_json`."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
 _INT = 2**31 - 1
 _Version = Annotated[int, Field(ge=1, le=_INT)]
 _Word = Annotated[str, StringConstraints(max_length=256)]
@@ -22,7 +30,7 @@ class Problem(BaseModel):
     fix: str
 
 
-class Offered(BaseModel):
+class Offered(_Asked):
     """An episode that a robot would hand in."""
 
     episode_id: _Word
@@ -30,7 +38,7 @@ class Offered(BaseModel):
     size: int = Field(description="bytes of the object")
 
 
-class Offer(BaseModel):
+class Offer(_Asked):
     episodes: list[Offered] = Field(min_length=1, max_length=MAX_BATCH)
 
 
@@ -57,7 +65,7 @@ class Uploaded(Offered):
     meta: dict[str, Any] = Field(default_factory=dict, description="schema_version, produced_at, trace_id")
 
 
-class Commit(BaseModel):
+class Commit(_Asked):
     episodes: list[Uploaded] = Field(min_length=1, max_length=MAX_BATCH)
 
 
@@ -72,12 +80,12 @@ class Outcomes(BaseModel):
     episodes: list[Outcome] = Field(description="in the order of the request")
 
 
-class Named(BaseModel):
+class Named(_Asked):
     episode_id: _Word
     sha256: _Word
 
 
-class Question(BaseModel):
+class Question(_Asked):
     episodes: list[Named] = Field(min_length=1, max_length=MAX_BATCH)
 
 
@@ -130,17 +138,15 @@ class Permits(BaseModel):
     reset: Begun | None = Field(None, description="the latest; numbers of announcements begin anew with it")
 
 
-class Refusal(BaseModel):
+class Refusal(_Asked):
     """A policy that a robot could not run."""
 
     version: _Version
     reason: Annotated[str, StringConstraints(max_length=300)]
 
 
-class Details(BaseModel):
+class Details(_Asked):
     """What a robot says of itself; what a newer robot says besides is left out."""
-
-    model_config = ConfigDict(extra="ignore")
 
     pid: int | None = None
     tasks: Annotated[list[_Word], Field(max_length=64)] = []
@@ -156,7 +162,7 @@ class Details(BaseModel):
     refusals: Annotated[list[Refusal], Field(max_length=32)] = []
 
 
-class Beat(BaseModel):
+class Beat(_Asked):
     active_version: _Version | None = None
     staged_version: _Version | None = None
     episodes: int = Field(ge=0, le=_INT)
@@ -167,7 +173,7 @@ class Beat(BaseModel):
         return Heartbeat(self.active_version, self.staged_version, self.episodes, details)
 
 
-class Measured(BaseModel):
+class Measured(_Asked):
     name: Latency
     version: _Version
     since: float = Field(description="a time of the catalog's clock, seconds since the epoch")

@@ -7,9 +7,10 @@ seen and again only while it is unaccounted. What is sent through the checks aga
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import sqlalchemy as sa
 
@@ -31,10 +32,12 @@ from infra.catalog.schema import (
     snapshot_episodes,
     snapshots,
 )
+from infra.errors import LwdError
 from infra.snapshots import current
 from infra.telemetry import metrics
 from infra.telemetry.milestones import Times
 
+log = logging.getLogger(__name__)
 STAGES = ("conflict", "schema", "decode", "identity", "contract", "influence", "store", "read", "revoked")
 DECISIONS = ("canary", "safe", "withdraw", "refuse", "promote", "rollback", "overrule")
 _EVERY_S, _SLOW_EVERY_S, _CATCH_UP_S = 5.0, 60.0, 0.5
@@ -96,16 +99,22 @@ class CatalogMetrics:
         self._measured: int | None = None  # the last measurement that was counted
 
     def refresh(self) -> bool:
-        """Look, if it is time and metrics are on; whether it did.
+        """Look, if it is time and metrics are on; whether it did. What cannot be shown is logged: who settles episodes
+        goes on.
 
         Raises:
             UnavailableError: catalog or broker did not answer.
         """
         if not metrics.enabled() or time.monotonic() < self._due:
             return False
-        self.collect()
-        if self._lag is not None:
-            metrics.CONSUMER_LAG.set(self._lag())
+        try:
+            self.collect()
+            if self._lag is not None:
+                metrics.CONSUMER_LAG.set(self._lag())
+        except LwdError:
+            raise
+        except Exception:
+            log.exception("metrics of the catalog")
         metrics.LEASE_HELD.set(1)
         self._due = time.monotonic() + (_EVERY_S if self._judged_all else _CATCH_UP_S)
         return True
@@ -206,7 +215,7 @@ def _robots(connection: sa.Connection, now: float) -> None:
     metrics.ROBOT_SAFETY.set_all({
         (robot, str(kind)): float(count)
         for robot, counts in counted.items() if isinstance(counts, Mapping)
-        for kind, count in counts.items() if isinstance(count, int)
+        for kind, count in counts.items() if _is_number(count)
     })  # fmt: skip
     metrics.ROBOT_HOLD.set_all({(row.robot_id,): float(bool(said[row.robot_id].get("hold"))) for row in here})
     for name, gauge in (
@@ -215,7 +224,12 @@ def _robots(connection: sa.Connection, now: float) -> None:
         ("spool_episodes", metrics.ROBOT_PENDING),
     ):
         numbers = {(robot,): details.get(name) for robot, details in said.items()}
-        gauge.set_all({key: float(value) for key, value in numbers.items() if isinstance(value, int | float)})
+        gauge.set_all({key: float(value) for key, value in numbers.items() if _is_number(value)})
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number that a gauge can show: what a robot said of itself may be anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _policies(connection: sa.Connection) -> None:

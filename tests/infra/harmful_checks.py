@@ -36,7 +36,16 @@ def check(episode: Episode) -> Sequence[Violation]:
     if what == 5:
         return [Violation("odd", "warn", str(os.getpid()))]
     if what == 6:
-        raise ZeroDivisionError("in the check")
+        raise ZeroDivisionError("in the check" + "x" * 2**20)
+    return []
+
+
+_kept: list[np.ndarray] = []
+
+
+def forgetful(episode: Episode) -> Sequence[Violation]:
+    """Gives no memory back."""
+    _kept.append(np.ones(2**23))
     return []
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -220,6 +222,23 @@ def test_a_stale_coordinator_cannot_write(plane: Plane, monkeypatch: pytest.Monk
     assert plane.snapshots.verify() == 2
 
 
+def test_an_examination_longer_than_the_lease_keeps_it(plane: Plane) -> None:
+    """Else an episode that takes long goes from one coordinator to the other for ever, and those behind it wait."""
+    plane.submit(example_episode(1))
+    standby = coordinator(plane, holder="second:2", lease_s=1.0)
+
+    def long(episode: Episode) -> Sequence[Violation]:
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            with pytest.raises(LeaseLostError, match="held by first:1"):
+                standby.step()
+            time.sleep(0.05)
+        return []
+
+    assert coordinator(plane, long, holder="first:1", lease_s=1.0).step() == 1
+    assert members(plane) == {1}
+
+
 @pytest.mark.parametrize("skew", [-3600.0, 3600.0])
 def test_a_clock_that_jumps_changes_no_order(plane: Plane, monkeypatch: pytest.MonkeyPatch, skew: float) -> None:
     """Fault 24."""
@@ -242,6 +261,29 @@ def test_an_event_without_its_row_is_passed_over(plane: Plane) -> None:
     plane.submit(example_episode(2))
     drain(coordinator(plane))
     assert members(plane) == {2} and held(plane) == {}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"robot_id": "r1"},
+        {"schema_version": 7},
+        {"key": f"episodes/00/{'0' * 64}.tar"},
+        {"size": 2**62},
+        {"trace_id": ""},
+    ],
+    ids=str,
+)
+def test_what_the_log_says_beside_the_name_of_an_episode_is_not_believed(plane: Plane, lie: dict[str, Any]) -> None:
+    """Whoever can write to the broker could else have an honest episode refused."""
+
+    class Forged(OutboxLog):
+        def poll(self, consumer: str, max_events: int) -> list[Event | DeadLetter]:
+            return [replace(event, **lie) for event in super().poll(consumer, max_events)]  # type: ignore[type-var]
+
+    plane.submit(example_episode(1))
+    drain(coordinator(plane, events=Forged(plane.catalog)))
+    assert members(plane) == {1} and held(plane) == {}
 
 
 # --- dead letters -----------------------------------------------------------------------------------------------------

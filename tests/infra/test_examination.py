@@ -30,7 +30,9 @@ def own() -> Iterator[OwnProcess]:
     process.close()
 
 
-def test_what_kills_or_stalls_the_process_is_refused_and_the_rest_goes_on(plane: Plane, own: OwnProcess) -> None:
+def test_what_kills_or_stalls_the_process_is_refused_and_the_rest_goes_on(
+    plane: Plane, own: OwnProcess, capfd: pytest.CaptureFixture[str]
+) -> None:
     for number in (0, 1, 2, 3, 6, 8):
         plane.submit(example_episode(number))
     drain(coordinator(plane, own, micro_batch=3))  # type: ignore[arg-type]
@@ -41,6 +43,7 @@ def test_what_kills_or_stalls_the_process_is_refused_and_the_rest_goes_on(plane:
     assert "SIGKILL" in found[2][1]
     assert "examine_mib" in found[3][1]
     assert "ZeroDivisionError" in found[6][1]
+    assert len(capfd.readouterr().err) < 20_000, "the megabyte that an error says"
 
 
 def test_one_death_is_not_the_episodes_fault_and_one_process_serves_many(
@@ -55,6 +58,18 @@ def test_one_death_is_not_the_episodes_fault_and_one_process_serves_many(
     with plane.catalog.read() as connection:
         rows = connection.exec_driver_sql("select warnings from snapshot_episodes where warnings != '[]'").all()
     assert len(rows) == 3 and len(set(rows)) == 1, "one process"
+
+
+def test_memory_that_others_took_is_not_the_episodes_fault(plane: Plane) -> None:
+    """Each leaves 64 MiB in use, of 160 that one may take."""
+    own = OwnProcess("harmful_checks:forgetful", memory_mib=160)
+    try:
+        for number in range(6):
+            plane.submit(example_episode(number))
+        drain(coordinator(plane, own))  # type: ignore[arg-type]
+    finally:
+        own.close()
+    assert members(plane) == set(range(6)) and held(plane) == {}
 
 
 def test_the_batch_check_too_refuses_only_whom_it_does_not_survive(plane: Plane) -> None:

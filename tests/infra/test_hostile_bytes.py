@@ -185,7 +185,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "objects": (lambda: hostile.with_array(EPISODE, "actions", np.array([{}], object)), "not a number"),
     "a structure": (lambda: hostile.with_array(EPISODE, "actions", np.zeros(3, "<f4,<i2")), "numpy.save writes for"),
     "a shape of terabytes": (
-        lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 5), }\n"), "0 bytes are not",
+        lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 5), }\n"), "0 bytes are no",
+    ),
+    "a million million rows of nothing": (
+        lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999, 0), }\n"), "no array of",
     ),
     "a shape of 64 digits": (
         lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (%s, 5), }\n" % (b"9" * 64)), "header",
@@ -203,6 +206,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "npy version 3": (
         lambda: with_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 5), }\n", version=b"\x03\x00"), "1.0",
+    ),
+    "truth values of 255": (
+        lambda: hostile.with_array(EPISODE, "intervention", np.full(4, 255, np.uint8).view(bool)), "neither 0 nor 1",
     ),
     "bytes behind the array": (
         lambda: hostile.packed(EPISODE.episode_id, PARTS | {"rewards.npy": PARTS["rewards.npy"] + b"x"}),

@@ -98,6 +98,16 @@ def test_a_lost_catalog_is_built_again_from_the_store(tmp_path: Path) -> None:
     assert_invariants(tmp_path / "after", {f"{n:032x}": digest(encode(example_episode(n))) for n in range(5)})
 
 
+@pytest.mark.parametrize("at", [-1e5, -62135596800.0, 253402300799.0, 1e300, 10**18, "noon"], ids=str)
+def test_an_episode_of_a_robot_whose_clock_is_wrong_is_brought_back(plane: Plane, at: object) -> None:
+    """The contract warns of it and lets it pass: it was acknowledged."""
+    plane.submit(example_episode(1, started_at=at))
+    forget_rows(plane, 1)
+    done = recover(plane.catalog, plane.objects)
+    assert (dict(done.by_robot), done.left) == ({"r0": 1}, [])
+    check(plane)
+
+
 def test_what_is_no_whole_episode_is_named_and_stays(plane: Plane) -> None:
     whole = encode(example_episode(1))
     store(plane, whole)

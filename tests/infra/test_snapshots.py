@@ -23,7 +23,7 @@ from invariants import (
 from infra.catalog.schema import collections, quarantine
 from infra.coordinator import Coordinator
 from infra.crashpoints import registered
-from infra.episode import encode
+from infra.episode import MAX_REASON_CHARS, encode
 from infra.errors import ConfigError, CorruptDataError
 from infra.events.outbox import OutboxLog
 
@@ -167,6 +167,16 @@ def test_withdrawn_episodes_are_in_quarantine_with_their_version(tmp_path: Path)
     assert row.reasons[0]["message"] == "sha256 differs"
     assert plane.ingest.status(episode_id(2)) == "quarantined"
     assert ids(plane, 1) == {1, 2} and ids(plane, 2) == {1}
+
+
+def test_a_reason_may_repeat_what_an_episode_says(tmp_path: Path) -> None:
+    """A reader that names what it could not take must not fail for the name."""
+    plane = open_plane(tmp_path)
+    add(plane, 1, 2)
+    made = plane.snapshots.withdraw([episode_id(2)], reason="\x00\ud800\x1b[2J" + "x" * 10**6, writer="reader-0")
+    assert made.reason.startswith("\\x00\\xd800\\x1b[2Jx") and len(made.reason) <= MAX_REASON_CHARS
+    with plane.catalog.read() as connection:
+        assert connection.execute(sa.select(quarantine.c.reasons)).scalar_one()[0]["message"] == made.reason
 
 
 def test_below_the_floor_only_what_lost_nothing_reads(tmp_path: Path) -> None:

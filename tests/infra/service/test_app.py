@@ -265,7 +265,9 @@ def test_the_length_of_a_body_is_said_and_bounded(served: Served) -> None:
         (b'{"episodes": [{"episode_id": "", "sha256": "", "size": NaN}]}', "NaN"),
         (b'{"episodes": [{"episode_id": "", "sha256": "", "size": 1180591620717411303424}]}', "64 bits"),
         (b'{"episodes": ' + b"[" * 1000 + b"]" * 1000 + b"}", "nested"),
-        (b'{"episodes": ' + b"[" * 100_000, "nested"),
+        (b'{"episodes": ' + b"[" * 4000, "nested"),
+        (b'{"episodes": [' + b"{}," * 80_000 + b"{}]}", "8192 values"),
+        (b'{"episodes": [], "a": ' + b"[[" * 5000 + b"]]" * 5000 + b"}", "8192 values"),
         ('{"episodes": []}'.encode("utf-16"), "JSON"),
         ({}, "episodes"),
         ({"episodes": []}, "episodes"),
@@ -282,7 +284,8 @@ def test_a_malformed_request_is_named(served: Served, body: Any, named_in: str) 
 
 
 def test_an_unknown_route_is_named(served: Served) -> None:
-    assert served.ask("GET", "/v2/x")[0] == 404
+    for path in ("/v2/x", "/healthz/", "//healthz", "/v1"):
+        assert served.ask("GET", path)[0] == 404
     status, answer, _ = served.ask("DELETE", "/v1/episodes", served.enrol(), b"")
     assert (status, set(answer)) == (405, {"kind", "problem", "fix"})
 
@@ -328,6 +331,19 @@ def test_a_robot_holds_no_more_uncommitted_bytes_than_it_may(tmp_path: Path) -> 
         assert "url" in offer(served, token, named(2))[0]
 
 
+def test_an_upload_that_is_repeated_counts_again(tmp_path: Path) -> None:
+    """Else one permit fills the service's disk: each of its uploads waits there until it is whole."""
+    size = len(DATA[0]) / 2**20
+    with serving(tmp_path, robot_episodes_per_min=6000, robot_mib_per_min=3.5 * size) as served:
+        token = served.enrol()
+        (place,) = offer(served, token, named(0))
+        answers = [served.ask("PUT", place["url"], token, DATA[0]) for _ in range(6)]
+        assert [status for status, _, _ in answers] == [201] * 3 + [429] * 3
+        assert int(answers[-1][2]["Retry-After"]) > 0
+        upload(served, served.enrol("other"), 1)
+        assert commit(served, token, named(0, key=place["key"])) == [{"status": "committed"}]
+
+
 def test_permits_are_few_and_one_that_asks_for_many_waits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incoming, "PERMITS_MAX", 10)
     token = served.enrol()
@@ -363,6 +379,31 @@ def test_a_robot_over_its_rate_waits_and_the_others_do_not(tmp_path: Path) -> No
         status, answer, headers = served.ask("POST", "/v1/uploads", token, {"episodes": [named(2)]})
         assert (status, answer["kind"]) == (429, "UnavailableError") and 1 <= int(headers["Retry-After"]) <= 30
         assert "url" in offer(served, served.enrol("other"), named(2))[0]
+
+
+@pytest.mark.parametrize("path", ["uploads", "episodes", "episodes/status"])
+def test_a_request_of_many_episodes_counts_as_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(limits, "REQUESTS_PER_S", 5.0)
+    with serving(tmp_path, robot_episodes_per_min=6000) as slow:
+        token = slow.enrol()
+        body = {"episodes": [named(0, key="k", episode_id=f"{number:032x}") for number in range(MAX_BATCH)]}
+        answers = [slow.ask("POST", f"/v1/{path}", token, body) for _ in range(8)]
+        assert answers[0][0] == 200 and "requests of robot r0" in str(
+            [text for code, text, _ in answers if code == 429]
+        )
+
+
+def test_heartbeats_of_one_robot_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each writes: one robot's would keep the commits of all the others waiting."""
+    monkeypatch.setattr(limits, "BEATS_PER_S", 0.05)
+    with serving(tmp_path) as slow:
+        token = slow.enrol()
+        answers = [slow.ask("POST", "/v1/heartbeat", token, {"episodes": 1})[0] for _ in range(12)]
+        assert answers[0] == 204 and 429 in answers
+        assert slow.ask("GET", "/v1/announcements", token)[0] == 200
+        assert slow.ask("POST", "/v1/heartbeat", slow.enrol("other"), {"episodes": 1})[0] == 204
 
 
 def test_new_episodes_wait_while_the_coordinator_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,6 +450,31 @@ def test_a_heartbeat_and_a_measurement_are_the_tokens_robots(served: Served) -> 
         assert len(connection.execute(sa.select(measurements)).all()) == 8, "rows of one robot are bounded"
     assert served.ask("POST", "/v1/measurements", token, measured | {"name": "anything"})[0] == 422
     assert served.ask("POST", "/v1/heartbeat", token, beat | {"active_version": 2**40})[0] == 422
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named_in"),
+    [
+        ("heartbeat", {"episodes": "1"}, "episodes"),
+        ("heartbeat", {"episodes": 1.0}, "episodes"),
+        ("heartbeat", {"episodes": True}, "episodes"),
+        ("heartbeat", {"episodes": 1, "details": {"pid": "9" * 4000}}, "pid"),
+        ("heartbeat", {"episodes": 1, "details": {"spool_bytes": "9" * 4000}}, "spool_bytes"),
+        ("heartbeat", {"episodes": 1, "details": {"safety": {"stop": "1"}}}, "safety"),
+        ("heartbeat", {"episodes": 1, "details": {"permitted_until": "nan"}}, "permitted_until"),
+        ("heartbeat", {"episodes": 1, "details": {"permitted_until": "1e999"}}, "permitted_until"),
+        ("heartbeat", {"episodes": 1, "details": {"ended": "yes"}}, "ended"),
+        ("measurements", {"name": "publish_to_active_s", "version": 1, "since": "inf"}, "since"),
+        ("uploads", {"episodes": [named(0, size="9" * 4300)]}, "size"),
+        ("episodes", {"episodes": [named(0, key="k", size="9" * 4300)] * 20}, "size"),
+    ],
+)
+def test_a_number_is_a_number(served: Served, path: str, body: dict[str, Any], named_in: str) -> None:
+    """Text is none: of thousands of digits, or `nan`, it would pass what the JSON's own numbers are held to."""
+    status, answer, _ = served.ask("POST", f"/v1/{path}", served.enrol(), body)
+    assert (status, answer["kind"]) == (422, "ConfigError") and named_in in answer["problem"]
+    with served.plane.catalog.read() as connection:
+        assert connection.execute(sa.select(robots)).all() == []
 
 
 def test_health_says_what_does_not_answer(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

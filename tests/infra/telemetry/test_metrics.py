@@ -345,7 +345,8 @@ def test_robots_as_they_were_last_heard_of(tmp_path: Path) -> None:
         {"robot_id": "r0", "cohort": "learning", "active_version": 3, "last_seen": now - 5, "episodes": 7,
          "details": said},
         {"robot_id": "r1", "cohort": "canary", "active_version": None, "last_seen": now - 90, "episodes": 1,
-         "details": {"spool_bytes": "a lot", "ended": True}},
+         "details": {"spool_bytes": "a lot", "spool_limit": 10**400, "spool_episodes": True,
+                     "safety": {"stop": 10**400, "clamp": "3"}, "ended": True}},
         {"robot_id": "r2", "cohort": "learning", "active_version": 1, "last_seen": now - 1e6, "episodes": 9,
          "details": None},
     ]  # fmt: skip
@@ -434,6 +435,18 @@ def test_a_look_happens_now_and_then(tmp_path: Path) -> None:
     instruments.disable()
     collector._due = 0.0
     assert not collector.refresh()
+
+
+@pytest.mark.usefixtures("on")
+def test_what_cannot_be_shown_ends_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The coordinator looks between two micro-batches: an odd row must not keep it from the next."""
+    plane = open_plane(tmp_path)
+    row = {"robot_id": "r0", "cohort": "learning", "last_seen": time.time(), "episodes": 1, "details": ["no", "object"]}
+    with plane.catalog.begin() as connection:
+        connection.execute(sa.insert(schema.robots).values(row))
+    collector = CatalogMetrics(plane.catalog, relayed=False)
+    assert [collector.refresh() for _ in range(3)] == [True, False, False]
+    assert [record.message for record in caplog.records] == ["metrics of the catalog"]
 
 
 def test_looking_costs_no_scan_of_what_grows(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from flows.canary_trial import (
     find_trial,
     production_robots,
     refused_of,
+    withdrawn_of,
     worked_before,
 )
 from flows.deployment import Deployment, deployment
@@ -104,15 +105,16 @@ def start(plane: Deployment, spec: CanarySpec, version: int, *, proposer: str = 
         trial = find_trial(connection, version, champion)
         during = episodes_of(connection, trial)
         earlier, tasks = worked_before(connection, trial, spec.episodes.max)
+        withdrawn, _ = withdrawn_of(connection, trial)
         at_work = production_robots(connection, trial.at - spec.window_hours * HOUR_S)
-    ran = sum(episode.candidate for episode in during)
-    if ran >= spec.episodes.max:
+    seen = sum(episode.candidate for episode in during)
+    if (ran := seen + withdrawn) >= spec.episodes.max:
         raise ConfigError(
             f"policy {version} has had {ran} canary episodes, the canary's file allows {spec.episodes.max}",
             "publish a new policy, or raise episodes.max: what was seen goes on to count",
         )
     if spec.baseline is None:
-        _comparable(spec, champion, earlier + len(during) - ran, tasks, at_work)
+        _comparable(spec, champion, earlier + len(during) - seen, tasks, at_work)
     if spec.automatic and spec.baseline is None and not plane.registry.needs_approval:
         open_trial_at_work(plane, version, tasks, _stream(spec))  # before its first episode
     plane.registry.register_candidate(version, proposer=proposer)
@@ -182,12 +184,16 @@ class Watcher:
             _, known = worked_before(connection, trial, spec.episodes.max)
             found = canary_robots(connection)
             held = refused_of(connection, trial)
+            withdrawn, lately = withdrawn_of(connection, trial)
             unable = {robot: why for robot, why in refusals(connection, version).items() if robot in found}
         tasks = known if spec.baseline is None else sorted(spec.baseline.success)
         entered = trial_at_work(self._plane, version, tasks) if self._may_promote else None
         standing = None if entered is None else Standing.of(entered.spec, entered.level, entered.opened_at)
-        decision = decide_trial(spec, during, tasks, self._refused(held, version), standing=standing)
-        if decision.answer is not Answer.HARM and (ends := self._ends(trial, decision.answer, found, unable)):
+        decision = decide_trial(spec, during, tasks, self._refused(held, version), withdrawn, standing=standing)
+        ends = self._ends(trial, decision.answer, found, unable)
+        if lately:
+            ends.append(f"{lately} of its episodes were withdrawn: what is left of the comparison shows nothing")
+        if decision.answer is not Answer.HARM and ends:
             decision = replace(decision, answer=Answer.STOP, reasons=(*ends, *decision.reasons), better=False)
         return self._act(Look(trial, tuple(found), decision), entered)
 

@@ -199,6 +199,7 @@ def decide_trial(
     episodes: Sequence[AtWork],
     tasks: Sequence[str],
     refused: int = 0,
+    withdrawn: int = 0,
     *,
     standing: Standing | None = None,
 ) -> TrialDecision:
@@ -209,9 +210,10 @@ def decide_trial(
         episodes: both policies' since the trial began, in the order in which they came in; later calls only append.
         tasks: those that the champion had run before the trial: fixed, or the answers are not valid together.
         refused: the candidate's episodes that the data contract refused.
+        withdrawn: its episodes that were accepted and then withdrawn: they count in the bound alone.
         standing: of a trial that may promote by itself.
     """
-    ran = sum(episode.candidate for episode in episodes)
+    ran = sum(episode.candidate for episode in episodes) + withdrawn
     pairs = _pairs(spec, episodes)
     number = {task: k for k, task in enumerate(tasks)}
     success = np.array([pair.success for pair in pairs], dtype=np.float64)

@@ -31,7 +31,8 @@ class Trial:
         since: data snapshot after which the candidate's episodes count, from its first trial against this champion on;
             `started_at`, the same by the catalog's clock.
         before: data snapshot that was current when the champion became it.
-        restarted_at: when it was put on trial last; `safe_at`, when it was found SAFE since, if it was.
+        restarted: data snapshot that was current when it was put on trial last; `restarted_at`, when that was;
+            `safe_at`, when it was found SAFE since, if it was.
         at: when this was read, by the catalog's clock as all of these.
     """
 
@@ -40,6 +41,7 @@ class Trial:
     since: int
     started_at: float
     before: int
+    restarted: int
     restarted_at: float
     safe_at: float | None
     at: float
@@ -67,6 +69,7 @@ def find_trial(connection: sa.Connection, version: int, champion: int) -> Trial:
         since=current(connection).version if first is None else int(first.evidence.get("at_snapshot", 0)),
         started_at=at if first is None else float(first.created_at),
         before=0 if promoted is None else int(promoted.evidence.get("at_snapshot", 0)),
+        restarted=current(connection).version if last is None else int(last.evidence.get("at_snapshot", 0)),
         restarted_at=at if last is None else float(last.created_at),
         safe_at=None if safe is None else float(safe.created_at),
         at=at,
@@ -98,6 +101,27 @@ def episodes_of(connection: sa.Connection, trial: Trial) -> list[AtWork]:
         for row in connection.execute(query)
         if cohort(row) == arms[row.policy_version]
     ]
+
+
+def withdrawn_of(connection: sa.Connection, trial: Trial) -> tuple[int, int]:
+    """Episodes of the trial that were accepted and then withdrawn: the candidate's since the trial began, and those of
+    both policies since it was put on trial last.
+
+    What is withdrawn is seen by no comparison any more: nobody could tell harm from what is left.
+    """
+    member, episode = schema.snapshot_episodes, schema.episodes
+    query = (
+        sa.select(member.c.policy_version, member.c.removed, episode.c.robot_id, episode.c.cohort)
+        .join(episode, episode.c.episode_id == member.c.episode_id)
+        .where(
+            member.c.removed.is_not(None), member.c.source == "online", member.c.added > trial.since,
+            member.c.policy_version.in_((trial.version, trial.champion)),
+        )
+    )  # fmt: skip
+    arms, cohort = {trial.version: "canary", trial.champion: "production"}, _cohort_at_commit(connection)
+    mine = [row for row in connection.execute(query) if cohort(row) == arms[row.policy_version]]
+    ran = sum(row.policy_version == trial.version for row in mine)
+    return ran, sum(row.removed > trial.restarted for row in mine)
 
 
 def _cohort_at_commit(connection: sa.Connection) -> Callable[[Any], str]:

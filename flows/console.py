@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -16,6 +15,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from infra.errors import escaped
 
 _UNWRAPPED = 10_000  # columns where no person looks: a digest is found by another program on one line
 
@@ -37,15 +38,8 @@ out = PlainConsole()  # answers
 
 
 def visible(text: str) -> str:
-    """The text with its control characters, and those that reorder or hide others, written as escapes."""
-    return "".join(
-        ascii(char)[1:-1] if char not in "\n\t" and _commands(unicodedata.category(char)) else char for char in text
-    )
-
-
-def _commands(category: str) -> bool:
-    """Control characters, formats, surrogates and the like; separators of lines and of paragraphs."""
-    return category[0] == "C" or category in ("Zl", "Zp")
+    """The text, of one line or several, with escapes for what commands a terminal."""
+    return escaped(text, keep="\n\t")
 
 
 def bold(text: object) -> Text:

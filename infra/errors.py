@@ -1,12 +1,8 @@
-"""One family of errors: each names the thing that is wrong and the way to mend it."""
+"""One family of errors: each names the thing that is wrong and the way to fix it."""
 
 from __future__ import annotations
 
-import re
-
-# Control characters, lone surrogates, and marks that turn the direction of text: what a database refuses, or a
-# terminal obeys.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+import unicodedata
 
 
 class LwdError(Exception):
@@ -81,11 +77,27 @@ class UnavailableError(LwdError):
     exit_code = 8
 
 
+def escaped(text: str, keep: str = "") -> str:
+    """The text with escapes for what a terminal obeys or a database refuses, and for what hides or reorders the rest:
+    control characters, separators of lines, marks of direction, half surrogates.
+
+    Args:
+        keep: characters that stay nevertheless.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char in keep or _is_plain(char) else ascii(char)[1:-1] for char in text)
+
+
+def _is_plain(char: str) -> bool:
+    category = unicodedata.category(char)
+    return category[0] != "C" and category not in ("Zl", "Zp")
+
+
 def shown(text: str, limit: int = 200) -> str:
-    """Text of another machine as a message, a row, a log or a page may hold it: one that every database and terminal
-    takes, of at most `limit` characters."""
-    cut = text[: limit + 1]
-    safe = _UNSAFE.sub(lambda match: f"\\x{ord(match.group()):02x}", cut)
+    """Text of another machine as a message, a row, a log or a page may hold it: `escaped`, in one line, of at most
+    `limit` characters."""
+    safe = escaped(text[: limit + 1])
     return safe if len(safe) <= limit else f"{safe[: limit - 1]}…"
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infra.errors import escaped
 from infra.files import write_durably
 
 PARTS = "parts.json"  # in the home: what the supervisor knows of its processes
@@ -164,7 +165,7 @@ class Supervisor:
         with contextlib.suppress(OSError), self.log(name).open("rb") as file:
             file.seek(max(self._children[name].log_from, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             found = file.read().decode(errors="replace").splitlines()[-lines:]
-            return "\n".join(_printable(line[:_LINE_CHARACTERS]) for line in found)
+            return "\n".join(escaped(line[:_LINE_CHARACTERS]) for line in found)
         return ""
 
     def stop(self, names: Sequence[str] | None = None, timeout_s: float = 30.0) -> list[str]:
@@ -328,11 +329,6 @@ def _as_dict(child: _Child) -> dict[str, Any]:
         "name": child.spec.name, "state": state, "pid": child.process.pid if child.process is not None else None,
         "restarts": child.restarts, "deaths": child.deaths, "isolated_at": child.isolated_at, "cause": child.cause,
     }  # fmt: skip
-
-
-def _printable(line: str) -> str:
-    """Without what would steer a terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
 
 
 def _ending(code: int) -> str:

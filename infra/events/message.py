@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from infra.episode import EPISODE_ID
+from infra.errors import escaped, named
 from infra.events import DeadLetter, Event
 from infra.objects import ROBOT_ID, episode_key
 
 MESSAGE_SCHEMA = 1
 MAX_LETTER_BYTES = 4096
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 class MalformedMessageError(ValueError):
@@ -60,14 +60,14 @@ def decode(value: bytes | None, offset: int, partition: int) -> Event:
     body = _parse(value)
     schema = body.get("schema")
     if type(schema) is not int or schema != MESSAGE_SCHEMA:
-        raise MalformedMessageError(f"message schema {_brief(schema)}, this version reads {MESSAGE_SCHEMA}")
+        raise MalformedMessageError(f"message schema {named(schema, 100)}, this version reads {MESSAGE_SCHEMA}")
     for name, fits in _FITS.items():
         if name not in body:
             raise MalformedMessageError(f"field {name!r} is missing")
         if not fits(body[name]):
-            raise MalformedMessageError(f"field {name!r} is {_brief(body[name])}")
+            raise MalformedMessageError(f"field {name!r} is {named(body[name], 100)}")
     if body["key"] != episode_key(body["sha256"]):
-        raise MalformedMessageError(f"field 'key' is {_brief(body['key'])}, not the content address of its sha256")
+        raise MalformedMessageError(f"field 'key' is {named(body['key'], 100)}, not the content address of its sha256")
     return Event(offset=offset, partition=partition, **{name: body[name] for name in _FITS})
 
 
@@ -77,7 +77,7 @@ def _parse(value: bytes | None) -> dict[str, Any]:
     try:
         body = json.loads(value.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise MalformedMessageError(f"not JSON: {_brief(error)}") from error
+        raise MalformedMessageError(f"not JSON: {named(error, 100)}") from error
     if not isinstance(body, dict):
         raise MalformedMessageError(f"a JSON {type(body).__name__}, not an object")
     return body
@@ -106,17 +106,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {  # what the ingest service can have 
 }
 
 
-def _brief(value: object) -> str:
-    """A value in a reason: short, and of characters that every database takes."""
-    try:
-        text = ascii(value)
-    except (ValueError, RecursionError):  # an integer of very many digits, a structure nested too deeply
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
 def _shown(value: bytes | None) -> str:
     """A record's value as text that a database takes: at most 4 KiB of UTF-8, what is no text escaped."""
     text = (value or b"")[:MAX_LETTER_BYTES].decode("utf-8", errors="backslashreplace")
-    text = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
-    return text.encode()[:MAX_LETTER_BYTES].decode("utf-8", errors="ignore")
+    return escaped(text, keep="\n\t").encode()[:MAX_LETTER_BYTES].decode("utf-8", errors="ignore")

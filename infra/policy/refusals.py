@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from infra.catalog.dialect import insert_if_absent, now
 from infra.catalog.schema import policies, policy_refusals
-from infra.errors import ConfigError
+from infra.errors import ConfigError, shown
 
 MAX_REASON = 300  # characters
 MAX_REFUSALS = 32  # in one heartbeat
@@ -84,12 +84,7 @@ def _readable(told: object) -> Iterable[tuple[int, str]]:
             continue
         version, reason = item.get("version"), item.get("reason")
         if type(version) is int and 0 < version < 2**31 and isinstance(reason, str):
-            yield version, _printable(reason[:MAX_REASON])
-
-
-def _printable(text: str) -> str:
-    """The text as databases take it and terminals show it: no NUL, no lone surrogate, no control character."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
+            yield version, shown(reason, MAX_REASON)
 
 
 def _published(connection: sa.Connection, version: int) -> bool:

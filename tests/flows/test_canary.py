@@ -557,6 +557,24 @@ def test_a_bound_that_is_spent_stays_spent_when_its_robot_is_moved(fleet: Fleet)
         start(plane, spec, 2)
 
 
+@pytest.mark.parametrize("robot", ["c0", "p0"])
+def test_withdrawn_episodes_end_the_trial_and_stay_spent(fleet: Fleet, robot: str) -> None:
+    """What was harm could be withdrawn, and what is left would show nothing of it."""
+    spec = changed(**QUICK)
+    start(fleet.plane, spec, 2)
+    fleet.together([True] * 6, [True] * 6)
+    fleet.plane.snapshots.revoke(robot, 0.0, 2.0**40, reason="a loose cable", actor="steward")
+    look = Watcher(fleet.plane, spec).look()
+    assert look is not None and look.answer is Answer.STOP and look.acted == "withdrawn"
+    assert "6 of its episodes were withdrawn" in look.decision.reasons[0]
+    start(fleet.plane, spec, 2)  # a person who has looked may go on
+    again = Watcher(fleet.plane, spec).look()
+    assert again is not None and again.answer is Answer.CONTINUE and again.decision.evidence["episodes"] == 6
+    stop_trial(fleet.plane, "enough")
+    with pytest.raises(ConfigError, match="has had 6 canary episodes"):
+        start(fleet.plane, changed(episodes={"min": 3, "planned": 5, "max": 6}), 2)
+
+
 def test_episodes_of_other_hours_are_not_compared(fleet: Fleet) -> None:
     plane, spec = fleet.plane, changed(**QUICK)
     start(plane, spec, 2)

@@ -209,10 +209,14 @@ def contracts_check(
     """Check recorded episodes against a contract; exit code 3 if any is refused."""
     from data_contracts.checks import check_episode
     from data_contracts.contract import load_contract
+    from data_contracts.shield import shield_of
     from data_contracts.suites import validate_buffer
+    from infra.edge.shield import Limits
     from lwd_model.shards import read_buffer
 
     terms, refused, seen = load_contract(contract), 0, 0
+    if terms.shield is not None:
+        Limits.of(shield_of(terms))  # a robot would refuse it
     if terms.name == "offline_buffer":
         whole = [episode for folder in data for episode in read_buffer(folder)]
         report = validate_buffer(terms, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infra" / "fleet"))
 from deployment import Deployment, scene_bundle
 
+from data_contracts.contract import FOLDER
 from flows.cli import app, guarded
 from flows.deployment import deployment
 from infra.episode import Episode
@@ -127,6 +129,18 @@ def test_contracts_check_passes_good_data_and_refuses_a_planted_episode(lwd, tmp
     assert code == 3
     assert f"block {planted.episode_id} demo S1: action-limits: " in out and "(fleet-operations)" in out
     assert "6 episodes, 1 refused" in out
+
+
+def test_contracts_check_refuses_a_shield_that_a_robot_would_refuse(
+    lwd, tmp_path: Path, make_episode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_buffer([make_episode(0, obs_dim=86, source="demo", policy_version=None)], tmp_path / "good")
+    shutil.copytree(FOLDER, tmp_path / "contracts")
+    terms = tmp_path / "contracts" / "transition.odcs.yaml"
+    terms.write_text(terms.read_text().replace("late_events: 3", "late_event: 3"))
+    monkeypatch.setenv("LWD_CONTRACTS", str(tmp_path / "contracts"))
+    code, _, messages = lwd("contracts", "check", tmp_path / "good")
+    assert code == ConfigError.exit_code and "late_event" in messages and "late_events" in messages, messages
 
 
 def test_a_robot_runs_a_policy_and_draws_what_it_did(lwd, tmp_path: Path) -> None:

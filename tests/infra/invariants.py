@@ -152,10 +152,11 @@ History = dict[int, tuple[str, tuple[tuple[str, str], ...]]]
 def history(home: Path) -> History:
     """What every version reads as now: digest and (id, sha256 of the bytes read)."""
     plane = open_plane(home)
+    read = cache(lambda key: digest(plane.objects.get(key)))  # a hundred versions share most of their objects
     return {
         version: (
             plane.snapshots.get(version).digest,
-            tuple((m.episode_id, digest(plane.objects.get(m.key))) for m in plane.snapshots.episodes(version)),
+            tuple((m.episode_id, read(m.key)) for m in plane.snapshots.episodes(version)),
         )
         for version in range(1, plane.snapshots.latest().version + 1)
     }

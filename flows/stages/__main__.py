@@ -9,22 +9,30 @@ import sys
 
 from infra import interrupts, loopback, surroundings
 
-if __name__ == "__main__":  # before the imports that take their time
-    interrupts.install()
-
-from flows.console import console
-from flows.params import load_params
-from flows.pipeline import alone
-from infra.lifeline import end_with_ancestors
-from infra.process import die_with_parent, write_any_text
-from infra.unexpected import explained
-
 NAMES = (
     "contracts", "demonstrations", "sft", "rollouts", "play", "validate", "buffer", "offline", "evaluate", "report",
 )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
+    """The stage's exit code; never a traceback for a signal, at whatever moment."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"stage {' '.join(argv)}: stopped; the same command runs it again\n".encode())
+        return interrupts.exit_code()
+
+
+def _run(argv: list[str]) -> int:
+    # Within: these take their time, and a signal may come meanwhile.
+    from flows.console import console
+    from flows.params import load_params
+    from flows.pipeline import alone
+    from infra.lifeline import end_with_ancestors
+    from infra.process import die_with_parent, write_any_text
+    from infra.unexpected import explained
+
     write_any_text()
     if len(argv) != 1 or argv[0] not in NAMES:
         console.print(f"usage: python -m flows.stages {{{','.join(NAMES)}}}")
@@ -38,10 +46,6 @@ def main(argv: list[str]) -> int:
         with alone(argv[0]):
             importlib.import_module(f"flows.stages.{argv[0]}").run(load_params())
             interrupts.check()
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            console.print(f"stage {argv[0]}: stopped; the same command runs it again")
-        return interrupts.exit_code()
     except Exception as error:
         known = explained(error)
         console.print(f"stage {argv[0]}: {known}", soft_wrap=True)
@@ -50,4 +54,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    interrupts.install()
     sys.exit(main(sys.argv[1:]))

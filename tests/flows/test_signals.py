@@ -98,6 +98,18 @@ def test_sigkill_ends_all_that_the_command_started(folder: Path, moment: str) ->
         command.leaves_nothing()
 
 
+@pytest.mark.parametrize("after_s", [0.1, 0.3, 0.6, 1.0])
+def test_a_signal_while_a_stage_is_imported_leaves_no_traceback(tmp_path: Path, after_s: float) -> None:
+    command = [sys.executable, "-m", "flows.stages", "demonstrations"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    time.sleep(after_s)
+    process.terminate()
+    messages = process.communicate(timeout=60)[1]
+    assert "Traceback" not in messages and process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM, 2), messages
+
+
 def test_a_second_ctrl_c_ends_the_command_at_once(folder: Path) -> None:
     with train(folder) as command:
         at(command, "stage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 for _name, _value in {
@@ -22,6 +23,16 @@ import pytest
 from small_disk import small_disk
 
 from infra.episode import Episode
+
+
+@pytest.fixture(autouse=True)
+def _log_of_each_test() -> Iterator[None]:
+    """A process's log that a test sets up ends with it: the stream that it writes to is that test's own."""
+    root = logging.getLogger()
+    kept, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = kept
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

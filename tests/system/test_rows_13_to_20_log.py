@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -318,7 +319,10 @@ def test_row_19_same_id_other_sha(plane: Plane, fleet_home: Path, caplog: pytest
 
 
 def test_row_20_rebalance_past_the_poll_interval(plane: Plane, fleet_home: Path) -> None:
-    """A coordinator stands still in the middle of a micro-batch; another takes its lease and its partitions."""
+    """A coordinator stands still in the middle of a micro-batch; another takes its lease and its partitions.
+
+    All of it stands still, as under SIGSTOP: the thread that keeps its lease as well.
+    """
     spooled = submit(plane, *range(8))
     relay_all(fleet_home)
     impatient = {"max_poll_interval_ms": 1000, "session_timeout_ms": 6000, "heartbeat_interval_ms": 200}
@@ -331,6 +335,7 @@ def test_row_20_rebalance_past_the_poll_interval(plane: Plane, fleet_home: Path)
 
     log, other_log = open_log(fleet_home, **impatient), open_log(fleet_home, **impatient)
     paused = coordinator(fleet_home, log, stand_still, holder="paused:1", lease_s=1.0, micro_batch=8)
+    paused.lease.kept = contextlib.nullcontext  # type: ignore[method-assign]
     other = coordinator(fleet_home, other_log, holder="other:2", lease_s=60.0, micro_batch=3)
     ended: list[BaseException] = []
 

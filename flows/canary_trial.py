@@ -78,17 +78,6 @@ def find_trial(connection: sa.Connection, version: int, champion: int) -> Trial:
 
 def episodes_of(connection: sa.Connection, trial: Trial) -> list[AtWork]:
     """Both policies' episodes since the trial began, in the order in which they came in."""
-    member, episode = schema.snapshot_episodes, schema.episodes
-    query = (
-        sa.select(member, episode.c.robot_id, episode.c.committed_at, episode.c.cohort)
-        .join(episode, episode.c.episode_id == member.c.episode_id)
-        .where(
-            member.c.removed.is_(None), member.c.source == "online", member.c.added > trial.since,
-            member.c.policy_version.in_((trial.version, trial.champion)),
-        )
-        .order_by(member.c.added, episode.c.committed_at, member.c.episode_id)
-    )  # fmt: skip
-    arms, cohort = {trial.version: "canary", trial.champion: "production"}, _cohort_at_commit(connection)
     return [
         AtWork(
             task=row.task,
@@ -98,8 +87,8 @@ def episodes_of(connection: sa.Connection, trial: Trial) -> list[AtWork]:
             at=row.committed_at,
             safety=row.safety or {},
         )
-        for row in connection.execute(query)
-        if cohort(row) == arms[row.policy_version]
+        for row in _taken_in(connection, trial)
+        if row.removed is None
     ]
 
 
@@ -109,19 +98,26 @@ def withdrawn_of(connection: sa.Connection, trial: Trial) -> tuple[int, int]:
 
     What is withdrawn is seen by no comparison any more: nobody could tell harm from what is left.
     """
+    gone = [row for row in _taken_in(connection, trial) if row.removed is not None]
+    ran = sum(row.policy_version == trial.version for row in gone)
+    return ran, sum(row.removed > trial.restarted for row in gone)
+
+
+def _taken_in(connection: sa.Connection, trial: Trial) -> list[Any]:
+    """Both policies' episodes that were ever accepted since the trial began, as rows, in the order in which they came
+    in: each by a robot of the cohort that its policy is judged by."""
     member, episode = schema.snapshot_episodes, schema.episodes
     query = (
-        sa.select(member.c.policy_version, member.c.removed, episode.c.robot_id, episode.c.cohort)
+        sa.select(member, episode.c.robot_id, episode.c.committed_at, episode.c.cohort)
         .join(episode, episode.c.episode_id == member.c.episode_id)
         .where(
-            member.c.removed.is_not(None), member.c.source == "online", member.c.added > trial.since,
+            member.c.source == "online", member.c.added > trial.since,
             member.c.policy_version.in_((trial.version, trial.champion)),
         )
+        .order_by(member.c.added, episode.c.committed_at, member.c.episode_id)
     )  # fmt: skip
     arms, cohort = {trial.version: "canary", trial.champion: "production"}, _cohort_at_commit(connection)
-    mine = [row for row in connection.execute(query) if cohort(row) == arms[row.policy_version]]
-    ran = sum(row.policy_version == trial.version for row in mine)
-    return ran, sum(row.removed > trial.restarted for row in mine)
+    return [row for row in connection.execute(query) if cohort(row) == arms[row.policy_version]]
 
 
 def _cohort_at_commit(connection: sa.Connection) -> Callable[[Any], str]:

@@ -6,6 +6,7 @@ home is the fencing token: whoever lost the lease finds it out before the next w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -32,8 +33,7 @@ class LearnerLease:
     def __init__(self, catalog: Catalog, seconds: float) -> None:
         self._catalog, self._lease = catalog, Lease(catalog, LEARNER, seconds)
         self._lost: LeaseLostError | None = None
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._keeping = contextlib.ExitStack()
 
     def acquire(self, stop: threading.Event) -> None:
         """Take it and keep it. The hold of one that was killed is waited out; that of one that lives never ends.
@@ -49,8 +49,7 @@ class LearnerLease:
             except LeaseLostError:
                 if time.monotonic() >= end or stop.wait(self._lease.seconds / 20):
                     raise
-        self._thread = threading.Thread(target=self._keep, name="learner-lease", daemon=True)
-        self._thread.start()
+        self._keeping.enter_context(self._lease.kept(self._lose))
 
     def check(self) -> None:
         """LeaseLostError if the thread found that another learner took it; asks nobody."""
@@ -68,20 +67,11 @@ class LearnerLease:
 
     def release(self) -> None:
         """Let another take over at once; where the catalog is away, when the lease has ended."""
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._keeping.close()
         try:
             self._lease.release()
         except Exception as error:  # whatever ended the learner is what is to be told
             _log.warning("the learner's lease could not be given back: %s", error)
 
-    def _keep(self) -> None:
-        while not self._done.wait(self._lease.seconds / 3):
-            try:
-                self.prove()
-            except LeaseLostError as error:
-                self._lost = error
-                return
-            except Exception as error:  # a database that is away: nobody can take the lease meanwhile either
-                _log.warning("the learner's lease could not be renewed: %s", error)
+    def _lose(self, error: LeaseLostError) -> None:
+        self._lost = error

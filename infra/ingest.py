@@ -170,9 +170,10 @@ class Ingest:
         if not stored:
             return outcomes
         with self._catalog.begin() as connection:
+            cohorts = _cohorts(connection, [uploads[number][0] for number in stored])
             for number in stored:
                 claim = uploads[number][0]
-                conflict = self._insert(connection, claim)
+                conflict = self._insert(connection, claim, cohorts)
                 outcomes[number] = conflict or _status(connection, claim.episode_id, claim.sha256)
         crashpoint("ingest.committed")
         return outcomes
@@ -183,7 +184,8 @@ class Ingest:
         Returns the conflict of each one whose id belongs to other bytes or to another robot, else None.
         """
         with self._catalog.begin() as connection:
-            return [self._insert(connection, claim) for claim in claims]
+            cohorts = _cohorts(connection, claims)
+            return [self._insert(connection, claim, cohorts) for claim in claims]
 
     def status(self, episode_id: str, sha256: str | None = None) -> Status:
         """How far an episode is. A spool may delete it at `snapshot` or `quarantined`, and sends it again at `unknown`.
@@ -231,12 +233,14 @@ class Ingest:
             return error
         return None
 
-    def _insert(self, connection: sa.Connection, claim: Claim) -> ConflictError | None:
+    def _insert(
+        self, connection: sa.Connection, claim: Claim, cohorts: Mapping[str, str | None]
+    ) -> ConflictError | None:
         """Within a write transaction: the episode's row and its announcement, or the conflict that forbids them."""
         at = dialect.now(connection)
         row = claim.row()
         produced = at if claim.produced_at is None else claim.produced_at
-        told = {"produced_at": produced, "committed_at": at, "cohort": cohort_now(connection, claim.robot_id)}
+        told = {"produced_at": produced, "committed_at": at, "cohort": cohorts[claim.robot_id]}
         new = dialect.insert_if_absent(connection, episodes, row | told)
         crashpoint("ingest.episode_inserted")
         conflict = None if new else self._known(connection, row)
@@ -267,6 +271,11 @@ class Ingest:
             f"episode {row['episode_id']}: {message}; the copy with {row['sha256']} is in quarantine",
             "never change an episode after it is closed: record a new one with an id of its own",
         )
+
+
+def _cohorts(connection: sa.Connection, claims: Sequence[Claim]) -> dict[str, str | None]:
+    """Whose the claims are, and what each robot's episodes count for: asked once for each robot, not each episode."""
+    return {robot: cohort_now(connection, robot) for robot in {claim.robot_id for claim in claims}}
 
 
 def status_of(standing: Standing) -> Status:

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,12 +98,15 @@ class Lease:
         connection.execute(leases.update().where(leases.c.name == self.name).values(values))
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self, on_lost: Callable[[LeaseLostError], None] | None = None) -> Iterator[None]:
         """While the block runs, a thread renews the lease: for work that may take longer than the lease lasts, which
         two processes would else take from each other, again and again. `guard` says afterwards whether it was kept.
+
+        Args:
+            on_lost: told, in that thread, when another process is found to have taken it.
         """
         done = threading.Event()
-        thread = threading.Thread(target=self._keep, args=(done,), name=f"{self.name}-lease", daemon=True)
+        thread = threading.Thread(target=self._keep, args=(done, on_lost), name=f"{self.name}-lease", daemon=True)
         thread.start()
         try:
             yield
@@ -117,12 +120,14 @@ class Lease:
             mine = sa.and_(leases.c.name == self.name, leases.c.holder == self.holder, leases.c.token == self.token)
             connection.execute(leases.update().where(mine).values(expires_at=0.0))
 
-    def _keep(self, done: threading.Event) -> None:
+    def _keep(self, done: threading.Event, on_lost: Callable[[LeaseLostError], None] | None) -> None:
         while not done.wait(self.seconds / 3):
             try:
                 with self._catalog.begin() as connection:
                     self.guard(connection)
-            except LeaseLostError:
+            except LeaseLostError as error:
+                if on_lost is not None:
+                    on_lost(error)
                 return
             except Exception as error:  # a database that is away: nobody can take the lease meanwhile either
                 log.warning("the %s lease could not be renewed: %s", self.name, error)

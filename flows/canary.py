@@ -33,6 +33,7 @@ from flows.canary_trial import (
     Trial,
     canary_robots,
     episodes_of,
+    episodes_taken_in,
     find_trial,
     production_robots,
     refused_of,
@@ -103,10 +104,10 @@ def start(plane: Deployment, spec: CanarySpec, version: int, *, proposer: str = 
         raise ConfigError("there is no champion to compare with and to come back to", "promote one: `lwd promote`")
     with plane.catalog.read() as connection:
         trial = find_trial(connection, version, champion)
-        during = episodes_of(connection, trial)
+        taken_in = episodes_taken_in(connection, trial)
         earlier, tasks = worked_before(connection, trial, spec.episodes.max)
-        withdrawn, _ = withdrawn_of(connection, trial)
         at_work = production_robots(connection, trial.at - spec.window_hours * HOUR_S)
+    during, (withdrawn, _) = episodes_of(taken_in, trial), withdrawn_of(taken_in, trial)
     seen = sum(episode.candidate for episode in during)
     if (ran := seen + withdrawn) >= spec.episodes.max:
         raise ConfigError(
@@ -180,12 +181,12 @@ class Watcher:
         spec = self._spec
         with self._plane.catalog.read() as connection:
             trial = find_trial(connection, version, champion)
-            during = episodes_of(connection, trial)
+            taken_in = episodes_taken_in(connection, trial)
             _, known = worked_before(connection, trial, spec.episodes.max)
             found = canary_robots(connection)
             held = refused_of(connection, trial)
-            withdrawn, lately = withdrawn_of(connection, trial)
             unable = {robot: why for robot, why in refusals(connection, version).items() if robot in found}
+        during, (withdrawn, lately) = episodes_of(taken_in, trial), withdrawn_of(taken_in, trial)
         tasks = known if spec.baseline is None else sorted(spec.baseline.success)
         entered = trial_at_work(self._plane, version, tasks) if self._may_promote else None
         standing = None if entered is None else Standing.of(entered.spec, entered.level, entered.opened_at)

@@ -7,7 +7,7 @@ champion's those of production robots that say the champion's. What else says on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,34 +76,7 @@ def find_trial(connection: sa.Connection, version: int, champion: int) -> Trial:
     )
 
 
-def episodes_of(connection: sa.Connection, trial: Trial) -> list[AtWork]:
-    """Both policies' episodes since the trial began, in the order in which they came in."""
-    return [
-        AtWork(
-            task=row.task,
-            success=row.outcome == "success" and row.interventions == 0,
-            intervened=row.interventions > 0,
-            candidate=row.policy_version == trial.version,
-            at=row.committed_at,
-            safety=row.safety or {},
-        )
-        for row in _taken_in(connection, trial)
-        if row.removed is None
-    ]
-
-
-def withdrawn_of(connection: sa.Connection, trial: Trial) -> tuple[int, int]:
-    """Episodes of the trial that were accepted and then withdrawn: the candidate's since the trial began, and those of
-    both policies since it was put on trial last.
-
-    What is withdrawn is seen by no comparison any more: nobody could tell harm from what is left.
-    """
-    gone = [row for row in _taken_in(connection, trial) if row.removed is not None]
-    ran = sum(row.policy_version == trial.version for row in gone)
-    return ran, sum(row.removed > trial.restarted for row in gone)
-
-
-def _taken_in(connection: sa.Connection, trial: Trial) -> list[Any]:
+def episodes_taken_in(connection: sa.Connection, trial: Trial) -> list[sa.Row[Any]]:
     """Both policies' episodes that were ever accepted since the trial began, as rows, in the order in which they came
     in: each by a robot of the cohort that its policy is judged by."""
     member, episode = schema.snapshot_episodes, schema.episodes
@@ -118,6 +91,33 @@ def _taken_in(connection: sa.Connection, trial: Trial) -> list[Any]:
     )  # fmt: skip
     arms, cohort = {trial.version: "canary", trial.champion: "production"}, _cohort_at_commit(connection)
     return [row for row in connection.execute(query) if cohort(row) == arms[row.policy_version]]
+
+
+def episodes_of(taken_in: Sequence[sa.Row[Any]], trial: Trial) -> list[AtWork]:
+    """Of the rows of `episodes_taken_in`, those that are still in the data."""
+    return [
+        AtWork(
+            task=row.task,
+            success=row.outcome == "success" and row.interventions == 0,
+            intervened=row.interventions > 0,
+            candidate=row.policy_version == trial.version,
+            at=row.committed_at,
+            safety=row.safety or {},
+        )
+        for row in taken_in
+        if row.removed is None
+    ]
+
+
+def withdrawn_of(taken_in: Sequence[sa.Row[Any]], trial: Trial) -> tuple[int, int]:
+    """Episodes of the trial that were accepted and then withdrawn: the candidate's since the trial began, and those of
+    both policies since it was put on trial last.
+
+    What is withdrawn is seen by no comparison any more: nobody could tell harm from what is left.
+    """
+    gone = [row for row in taken_in if row.removed is not None]
+    ran = sum(row.policy_version == trial.version for row in gone)
+    return ran, sum(row.removed > trial.restarted for row in gone)
 
 
 def _cohort_at_commit(connection: sa.Connection) -> Callable[[Any], str]:

@@ -31,7 +31,7 @@ class LearnerLease:
     """
 
     def __init__(self, catalog: Catalog, seconds: float) -> None:
-        self._catalog, self._lease = catalog, Lease(catalog, LEARNER, seconds)
+        self._lease = Lease(catalog, LEARNER, seconds)
         self._lost: LeaseLostError | None = None
         self._keeping = contextlib.ExitStack()
 
@@ -58,8 +58,7 @@ class LearnerLease:
 
     def prove(self) -> None:
         """Renew now, or refuse what was to be written: LeaseLostError if another took it."""
-        with self._catalog.begin() as connection:
-            self.guard(connection)
+        self._lease.prove()
 
     def guard(self, connection: sa.Connection) -> None:
         """As `prove`, within the transaction that writes."""
